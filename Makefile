@@ -1,0 +1,44 @@
+# make train: install, then train, test, export and film a walking G1.  make test: lint, types, tests.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/walk
+# Train until the default number of steps, or for MINUTES= if that comes first.
+MINUTES ?= inf
+
+.PHONY: train test check format clean
+
+train: .venv/installed
+	if [ -f $(RUN)/checkpoint.pt ]; then \
+	  $(BIN)/kouros train --resume $(RUN) --minutes $(MINUTES); \
+	else \
+	  $(BIN)/kouros train --run $(RUN) --minutes $(MINUTES); \
+	fi
+	$(BIN)/kouros eval $(RUN)
+	$(BIN)/kouros play $(RUN)
+
+test: .venv/installed-dev check
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is too old: Kouros needs Python 3.11 or newer (make PYTHON=python3.12 ...)"; exit 1; }
+	@$(PYTHON) -m venv .venv || { \
+	  echo "no virtual environments here: sudo apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,21 @@
+"""Errors that name the field, the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def check_choice(field: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``; suggest the nearest."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field}={value!r}: choose from {', '.join(choices)}{hint}")
+
+
+def require(config: object, field: str, ok: bool, rule: str) -> None:
+    """Raise ``ValueError`` with the field's value and the rule unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{field}={getattr(config, field)!r}: {rule}")

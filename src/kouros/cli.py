@@ -1,0 +1,225 @@
+"""The ``kouros`` command. Heavy imports wait until a command needs them: ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from kouros.checks import require
+from kouros.learning.config import TrainConfig
+
+
+@dataclasses.dataclass
+class Eval:
+    """Test whether a policy walks: seeded episodes, no help from the training terms."""
+
+    policy: tyro.conf.Positional[Path] = Path("walk")
+    """Run folder, .pt file, or the name of a shipped policy."""
+    episodes: int = 256
+    """Number of episodes, side by side."""
+    seconds: float = 20.0
+    """Length of an episode, s; the command changes every 5 s."""
+    seed: int = 12345
+    """Seed of initial states and commands."""
+    output: Path | None = None
+    """JSON file; eval.json beside the policy if not given (in this folder for a shipped one)."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "seconds"):
+            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+
+
+@dataclasses.dataclass
+class Play:
+    """See a policy: an mp4, or MuJoCo's viewer."""
+
+    policy: tyro.conf.Positional[Path] = Path("walk")
+    """Run folder, .pt file, or the name of a shipped policy."""
+    command: tuple[float, float, float] | None = None
+    """vx, vy (m/s) and yaw rate (rad/s) to hold; a tour of several commands if not given."""
+    seconds: float = 20.0
+    """Length of the video, s."""
+    output: Path | None = None
+    """Video file; walk.mp4 beside the policy if not given (in this folder for a shipped one)."""
+    width: int = 640
+    """Width of the video, pixels, up to 1280."""
+    height: int = 480
+    """Height of the video, pixels, up to 720."""
+    fps: int = 25
+    """Pictures per second."""
+    seed: int = 0
+    """Seed of the initial state."""
+    viewer: bool = False
+    """Open MuJoCo's viewer instead of writing a video; needs a display."""
+
+
+@dataclasses.dataclass
+class Export:
+    """Write the policy file: policy.onnx, sensors in and joint targets out."""
+
+    policy: tyro.conf.Positional[Path] = Path("walk")
+    """Run folder, .pt file, or the name of a shipped policy."""
+    output: Path | None = None
+    """ONNX file; policy.onnx beside the policy if not given (in this folder for a shipped one)."""
+
+
+@dataclasses.dataclass
+class Bench:
+    """Measure this machine: raw physics, environment and learning, in one run."""
+
+    worlds: tuple[int, ...] = (256,)
+    """Numbers of worlds to measure with."""
+    seconds: float = 5.0
+    """Time for each number of worlds, s."""
+    output: Path | None = None
+    """JSON file to save the figures in."""
+
+
+@dataclasses.dataclass
+class Doctor:
+    """Say what this machine can do, and what to install for the rest."""
+
+
+def train(config: TrainConfig) -> None:
+    from kouros.learning.run import train
+
+    folder = train(config)
+    export(Export(folder))
+
+
+def evaluate(config: Eval) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from kouros.envs.evaluation import WalkResult, evaluate_walk
+    from kouros.files import write_json
+    from kouros.learning.run import load_policy
+
+    actor, env_config, _ = load_policy(config.policy)
+    output = config.output or _beside(config.policy, "eval.json")
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"{config.episodes} episodes of {config.seconds:g} s")
+        result = evaluate_walk(
+            actor,
+            env_config,
+            config.episodes,
+            config.seconds,
+            config.seed,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    content = {"policy": config.policy, "seed": config.seed, **dataclasses.asdict(result)}
+    write_json(output, {**content, "failures": result.failures()})
+
+    table = Table("figure", "measured", "walking means", "", title=str(config.policy))
+    for name, (what, unit, low, high) in WalkResult.BAR.items():
+        value = getattr(result, name)
+        bar = "" if math.isinf(high) and low == 0 else f"{low:g} to {high:g}"
+        if math.isinf(high) and low:
+            bar = f"at least {low:g}"
+        mark = "[red]missed[/red]" if name in result.failures() else ("[green]ok[/green]" if bar else "")
+        text = f"{value:.3f} {unit}"
+        if name == "survival":
+            text += f" ({result.survival_low:.3f} to {result.survival_high:.3f})"
+        table.add_row(what, text, bar, mark)
+    console = Console()
+    console.print(table)
+    console.print(f"saved in {output}")
+
+
+def play(config: Play) -> None:
+    from kouros.learning.play import open_viewer, write_video
+    from kouros.learning.run import load_policy
+
+    actor, env_config, _ = load_policy(config.policy)
+    if config.viewer:
+        open_viewer(actor, env_config, config.command, config.seed)
+        return
+    output = config.output or _beside(config.policy, "walk.mp4")
+    write_video(
+        actor,
+        env_config,
+        output,
+        config.command,
+        config.seconds,
+        (config.width, config.height),
+        config.fps,
+        config.seed,
+    )
+    print(f"saved {output}")
+
+
+def export(config: Export) -> None:
+    from kouros.deploy.export import OnnxExporter
+    from kouros.envs.contract import record_policy
+    from kouros.learning.run import load_policy
+
+    actor, env_config, contract = load_policy(config.policy)
+    output = config.output or _beside(config.policy, "policy.onnx")
+    exporter = OnnxExporter(actor, contract)
+    difference = exporter.export(output, record_policy(actor, env_config))
+    print(f"saved {output} (replays 1,000 steps within {difference:.1g})")
+
+
+def bench(config: Bench) -> None:
+    from kouros.envs.config import HumanoidEnvConfig
+    from kouros.files import write_json
+    from kouros.learning.bench import Bench as Layers
+    from kouros.learning.bench import report
+
+    results = [
+        Layers(HumanoidEnvConfig(num_envs=n)).measure(config.seconds) for n in config.worlds
+    ]
+    report(results)
+    if config.output:
+        write_json(config.output, results)
+
+
+def doctor(config: Doctor) -> None:
+    from kouros.doctor import diagnose
+
+    diagnose()
+
+
+def _beside(policy: Path, name: str) -> Path:
+    """A file in the policy's own folder; in this one for a shipped policy."""
+    folder = policy if policy.is_dir() else policy.parent
+    return folder / name
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (TrainConfig, train),
+    "eval": (Eval, evaluate),
+    "play": (Play, play),
+    "export": (Export, export),
+    "bench": (Bench, bench),
+    "doctor": (Doctor, doctor),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    types = {name: kind for name, (kind, _) in COMMANDS.items()}
+    config = tyro.extras.subcommand_cli_from_dict(types, prog="kouros", args=args)
+    command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))
+    try:
+        command(config)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("KOUROS_TRACEBACK"):
+            raise
+        print(f"kouros: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

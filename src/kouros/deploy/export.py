@@ -1,0 +1,154 @@
+"""Writes the policy file: sensors in, joint targets out, nothing left to guess."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kouros.checks import check_choice
+from kouros.files import replacing
+
+OPSET = 18
+PARITY = 1e-5
+
+SENSORS = {
+    "base_ang_vel": "rad/s, base frame",
+    "projected_gravity": "direction of gravity, base frame, unit length",
+    "command": "vx, vy (m/s) and yaw rate (rad/s), base frame",
+    "joint_pos": "rad",
+    "joint_vel": "rad/s",
+}
+STATE_TERMS = ("gait_phase", "last_action")
+
+
+class PolicyGraph(nn.Module):
+    """The control law as one function: ``(sensors..., state) -> (joint_targets, next_state)``.
+
+    Everything between the sensors and the servos is inside: default pose, gait clock, last action,
+    normalizer, network, scaling and clipping. ``state`` is ``(n, num_joints + 2)``: last action, gait
+    phase in [0, 1), and how much of a cycle the gait goes on after a command to stand; zeros to begin
+    with.
+
+    Args:
+      actor: observations to mean actions.
+      contract: what the environment said of itself (``kouros.envs.contract``).
+
+    Raises:
+      ValueError: the policy observes something that is no sensor of a robot.
+    """
+
+    def __init__(self, actor: nn.Module, contract: dict[str, Any]) -> None:
+        super().__init__()
+        self.actor, self.contract = actor, contract
+        for term in contract["observations"]:
+            check_choice("actor_observations", term["name"], (*SENSORS, *STATE_TERMS))
+        for name in ("default_joint_pos", "action_offset", "action_scale"):
+            self.register_buffer(name, torch.tensor(contract[name], dtype=torch.float32))
+
+    def forward(
+        self,
+        base_ang_vel: torch.Tensor,
+        projected_gravity: torch.Tensor,
+        command: torch.Tensor,
+        joint_pos: torch.Tensor,
+        joint_vel: torch.Tensor,
+        state: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        contract = self.contract
+        last_action, phase, coast = state[:, :-2], state[:, -2:-1], state[:, -1:]
+        ordered = command.norm(dim=-1, keepdim=True) > contract["standing_command"]
+        coast = torch.where(ordered, 1.0, coast)
+        angle = 2.0 * math.pi * phase
+        terms = {
+            "base_ang_vel": base_ang_vel,
+            "projected_gravity": projected_gravity,
+            "command": command,
+            "gait_phase": torch.cat((torch.sin(angle), torch.cos(angle)), dim=-1) * (coast > 0.0),
+            "joint_pos": joint_pos - self.default_joint_pos,
+            "joint_vel": joint_vel,
+            "last_action": last_action,
+        }
+        obs = torch.cat([terms[term["name"]] for term in contract["observations"]], dim=-1)
+        limit = contract["action_limit"]
+        action = self.actor(obs).clamp(-limit, limit)
+        cycles = contract["control_dt"] / contract["gait_period"]
+        phase, coast = torch.frac(phase + cycles), (coast - cycles).clamp(min=0.0)
+        next_state = torch.cat((action, phase, coast), dim=-1)
+        return self.action_offset + self.action_scale * action, next_state
+
+
+class OnnxExporter:
+    """Writes a policy as a self-contained ONNX file and proves that it is the same policy.
+
+    Args:
+      actor: observations to mean actions, normalizer included.
+      contract: what the environment said of itself; goes into the file's metadata.
+    """
+
+    def __init__(self, actor: nn.Module, contract: dict[str, Any]) -> None:
+        self.graph = PolicyGraph(actor.cpu(), contract).eval()
+        self.contract = contract
+
+    def export(self, path: str | Path, recording: dict[str, torch.Tensor]) -> float:
+        """Write the file, if it replays the recording.
+
+        Args:
+          path: of the ``.onnx`` file.
+          recording: n steps of the policy in its environment: the graph's inputs by name,
+            ``(n, ...)``, with ``joint_targets`` and ``next_state`` as the environment had them.
+
+        Returns:
+          The largest difference between the file's output and the recording.
+
+        Raises:
+          RuntimeError: the difference exceeds 1e-5: nothing is written.
+          OSError: the file cannot be written.
+        """
+        import onnx
+        import onnxruntime
+
+        n = len(self.contract["joint_names"])
+        sizes = {"joint_pos": n, "joint_vel": n}
+        example = tuple(torch.zeros(2, sizes.get(name, 3)) for name in SENSORS)
+        batch = torch.export.Dim("n")
+        program = torch.onnx.export(
+            self.graph,
+            (*example, torch.zeros(2, n + 2)),
+            input_names=[*SENSORS, "state"],
+            output_names=["joint_targets", "next_state"],
+            dynamic_shapes=tuple({0: batch} for _ in range(len(SENSORS) + 1)),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        with replacing(path) as temporary:
+            program.save(temporary, external_data=False)
+            model = onnx.load(temporary)
+            metadata = {
+                "kouros": json.dumps(self.contract),
+                "sensors": json.dumps(SENSORS),
+                "state": "last action, gait phase in [0, 1), coast in [0, 1]; zeros at first",
+            }
+            onnx.helper.set_model_props(model, metadata)
+            onnx.checker.check_model(model)
+            onnx.save(model, temporary)
+
+            session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+            inputs = {name: recording[name].numpy() for name in (*SENSORS, "state")}
+            targets, next_state = session.run(["joint_targets", "next_state"], inputs)
+            difference = max(
+                float((torch.from_numpy(targets) - recording["joint_targets"]).abs().max()),
+                float((torch.from_numpy(next_state) - recording["next_state"]).abs().max()),
+            )
+            if not difference <= PARITY:
+                raise RuntimeError(
+                    f"{path}: the exported policy differs from the trained one by {difference:.2g} "
+                    f"(at most {PARITY:g} is allowed); nothing was written"
+                )
+        return difference

@@ -1,0 +1,104 @@
+"""What this machine can do, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _physics() -> str:
+    import mujoco
+
+    from kouros.envs.config import HumanoidEnvConfig
+    from kouros.envs.humanoid import HumanoidBaseEnv
+
+    env = HumanoidBaseEnv(HumanoidEnvConfig(num_envs=2))
+    return f"MuJoCo {mujoco.__version__}, {env.simulation.num_threads} threads"  # type: ignore[attr-defined]
+
+
+def _torch() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gpu}"
+
+
+def _picture() -> str:
+    from kouros.envs.config import HumanoidEnvConfig
+    from kouros.envs.humanoid import HumanoidBaseEnv
+
+    env = HumanoidBaseEnv(HumanoidEnvConfig(num_envs=1))
+    picture = env.render()
+    env.close()
+    if picture.std() < 1:
+        raise RuntimeError("the picture is blank: update the graphics driver")
+    return f"drawn with {os.environ.get('MUJOCO_GL') or os.environ.get('PYOPENGL_PLATFORM', 'a display')}"
+
+
+def _video() -> str:
+    import imageio.v2 as imageio
+    import imageio_ffmpeg
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        imageio.mimwrite(f"{folder}/v.mp4", [np.zeros((64, 64, 3), np.uint8)] * 2, fps=25)
+    return f"ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}"
+
+
+def _viewer() -> str:
+    if platform.system() == "Linux" and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        raise RuntimeError("no display: kouros play writes a video instead")
+    return "a display"
+
+
+def _onnx() -> str:
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"
+
+
+def _disk() -> str:
+    import shutil
+
+    free = shutil.disk_usage(".").free / 1e9
+    if free < 1:
+        raise RuntimeError(f"{free:.2f} GB free here: a run needs about 0.1, make room")
+    return f"{free:.0f} GB free here"
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "physics": _physics,
+    "learning": _torch,
+    "pictures": _picture,
+    "video": _video,
+    "viewer": _viewer,
+    "policy file": _onnx,
+    "disk": _disk,
+}
+
+
+def diagnose() -> bool:
+    """Try everything a user may want, print a table, and return whether all of it works."""
+    table = Table("what", "", "found, or what to do", title=_title())
+    good = True
+    for name, check in CHECKS.items():
+        try:
+            table.add_row(name, "[green]ok[/green]", check())
+        except Exception as error:  # whatever is broken here is the answer
+            table.add_row(name, "[yellow]no[/yellow]", str(error))
+            good = False
+    Console().print(table)
+    return good
+
+
+def _title() -> str:
+    version = importlib.metadata.version("kouros")
+    return f"kouros {version}, Python {platform.python_version()}, {os.cpu_count()} cores"

@@ -1,0 +1,166 @@
+"""The task's figures. Nothing here imports torch or MuJoCo, so that ``kouros --help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from kouros.checks import require
+
+WALK_REWARDS = {
+    "track_linear_velocity": 2.0,
+    "track_yaw_rate": 2.0,
+    "gait_contact": 1.5,
+    "gait_height": 2.0,
+    "alive": 0.5,
+    "tilt": -1.5,
+    "base_height": -20.0,
+    "roll_pitch_rate": -0.05,
+    "vertical_velocity": -0.5,
+    "action_rate": -0.01,
+    "action_acceleration": -0.002,
+    "pose": -0.3,
+    "foot_slip": -0.1,
+    "joint_velocity": -1e-4,
+}
+
+WALK_POSE_WEIGHTS = {
+    "hip_roll": 1.0,
+    "hip_yaw": 1.0,
+    "hip_pitch": 0.1,
+    "knee": 0.1,
+    "ankle": 0.2,
+    "waist": 1.0,
+    "shoulder": 0.5,
+    "elbow": 0.5,
+    "wrist": 0.5,
+}
+
+
+@dataclasses.dataclass
+class HumanoidEnvConfig:
+    """A humanoid that follows velocity commands. The defaults are the task ``walk``."""
+
+    robot: str = "g1"
+    """Robot, by name."""
+    num_envs: int = 256
+    """Number of parallel worlds."""
+    num_threads: int = 0
+    """CPU threads of the physics; 0 is one a core."""
+
+    timestep: float = 0.005
+    """Physics step, s."""
+    frame_skip: int = 4
+    """Physics steps per control step: 4 x 5 ms is 50 Hz control."""
+    solver_iterations: int = 10
+    """Largest number of constraint solver iterations."""
+    line_search_iterations: int = 20
+    """Largest number of line search iterations within one solver iteration."""
+    collisions: Literal["feet", "full"] = "feet"
+    """feet: the soles against the ground, four points each. full: every shape, and the robot itself."""
+
+    control_mode: Literal["position", "velocity", "effort"] = "position"
+    """What an action asks of the joint servos; see action_scale."""
+    action_scale: float = 1.0
+    """Factor on one unit of action: the robot's own scale (rad) about the default pose in position
+    mode, 1 rad/s in velocity mode, a quarter of the effort limit in effort mode."""
+    action_limit: float = 20.0
+    """Actions are clipped to +- this before they are used."""
+
+    max_episode_length: int = 1000
+    """Control steps until an episode is truncated (a time-out, not a fall)."""
+    fall_tilt: float = math.radians(60.0)
+    """Tilt of the base beyond which the episode ends, rad."""
+    fall_height: float = 0.45
+    """Height of the base below which the episode ends, m."""
+
+    command_vx: tuple[float, float] = (-0.5, 1.0)
+    """Forward velocity commands, m/s, base frame."""
+    command_vy: tuple[float, float] = (-0.3, 0.3)
+    """Sideways velocity commands, m/s, base frame, left is positive."""
+    command_yaw: tuple[float, float] = (-0.7, 0.7)
+    """Yaw rate commands, rad/s, counter-clockwise is positive."""
+    standing_fraction: float = 0.2
+    """Share of commands that are exactly zero: stand still."""
+    standing_command: float = 0.05
+    """Commands no larger than this (their norm, m/s and rad/s together) mean: come to a halt within
+    one gait cycle, and stand still."""
+    resampling_interval: float = 5.0
+    """Time between new commands, s."""
+
+    gait_period: float = 0.7
+    """Duration of a full gait cycle (two steps), s."""
+    swing_fraction: float = 0.4
+    """Share of the cycle a foot is in the air; below 0.5 both feet touch in between."""
+    swing_height: float = 0.09
+    """Height of the foot in mid swing, m."""
+
+    initial_joint_noise: float = 0.1
+    """Largest deviation from the default pose at reset, rad."""
+    initial_velocity: float = 0.5
+    """Largest base velocity at reset, m/s in x and y and rad/s in yaw."""
+
+    harness: float = 1.0
+    """Strength, 0 to 1, of the training harness in the first episodes: springs that keep the base
+    upright and up. It weakens by itself as episodes last; the test of walking has none."""
+    harness_fall_time: float = 2.0
+    """Mean time between falls, s, beyond which the harness weakens."""
+
+    actor_observations: tuple[str, ...] = (
+        "base_ang_vel",
+        "projected_gravity",
+        "command",
+        "gait_phase",
+        "joint_pos",
+        "joint_vel",
+        "last_action",
+    )
+    """What the policy sees: only what a real robot measures. SI units, concatenated in this order."""
+    critic_observations: tuple[str, ...] = (
+        "base_lin_vel",
+        "mean_velocity",
+        "base_height",
+        "foot_height",
+        "foot_velocity",
+        "foot_contact",
+        "foot_force",
+        "harness",
+    )
+    """What the critic sees besides (simulation only)."""
+    rewards: dict[str, float] = dataclasses.field(default_factory=lambda: dict(WALK_REWARDS))
+    """Weight of each reward term by name, per second."""
+    tracking_sigma: float = 0.5
+    """Velocity error at which a tracking term has fallen to 1/e, m/s and rad/s."""
+    tracking_time: float = 0.25
+    """Time constant of the velocity average that the tracking terms look at, s: a stride sways."""
+    target_height: float = 0.75
+    """Base height below which the base_height term starts to grow, m."""
+    pose_weights: dict[str, float] = dataclasses.field(default_factory=lambda: dict(WALK_POSE_WEIGHTS))
+    """Weight of each joint in the pose term, by part of the joint's name (0 if none fits)."""
+
+    @property
+    def control_dt(self) -> float:
+        """Time between actions, s."""
+        return self.timestep * self.frame_skip
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_envs timestep frame_skip solver_iterations line_search_iterations action_scale "
+            "action_limit max_episode_length resampling_interval gait_period tracking_sigma tracking_time"
+        )
+        for name in positive.split():
+            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        not_negative = "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height"
+        for name in not_negative.split():
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("command_vx", "command_vy", "command_yaw"):
+            low, high = getattr(self, name)
+            require(self, name, low <= high, "must be (lowest, highest)")
+        require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
+        require(self, "standing_fraction", 0 <= self.standing_fraction <= 1, "must lie in [0, 1]")
+        require(self, "swing_fraction", 0 < self.swing_fraction < 1, "must lie between 0 and 1")
+        require(self, "fall_tilt", 0 < self.fall_tilt <= math.pi, "must lie in (0, pi] rad")
+
+
+TASKS = {"walk": HumanoidEnvConfig}

@@ -1,0 +1,89 @@
+"""What a policy must be told to move the robot it was trained on, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.observations import OBSERVATIONS
+
+CONTRACT_VERSION = 1
+
+
+def policy_contract(env: HumanoidBaseEnv) -> dict[str, Any]:
+    """Robot, joints, gains, scales, observation terms and clocks of an environment, JSON-able.
+
+    Joint vectors are in ``joint_names`` order; SI units.
+    """
+    config, robot = env.config, env.robot
+    return {
+        "contract_version": CONTRACT_VERSION,
+        "robot": robot.name,
+        "control_mode": config.control_mode,
+        "control_dt": config.control_dt,
+        "joint_names": list(robot.joint_names),
+        "default_joint_pos": robot.default_joint_pos.tolist(),
+        "joint_range": robot.joint_range.tolist(),
+        "stiffness": robot.stiffness.tolist(),
+        "damping": robot.damping.tolist(),
+        "effort_limit": robot.effort_limit.tolist(),
+        "action_offset": env.action_offset.tolist(),
+        "action_scale": env.action_scale.tolist(),
+        "action_limit": config.action_limit,
+        "gait_period": config.gait_period,
+        "standing_command": config.standing_command,
+        "observations": [
+            {"name": name, "size": OBSERVATIONS[name].compute(env).shape[1]}
+            for name in config.actor_observations
+        ],
+    }
+
+
+def policy_state(env: HumanoidBaseEnv) -> torch.Tensor:
+    """What the policy carries from step to step, ``(n, num_joints + 2)``: last action, phase, coast."""
+    return torch.cat((env.action, env.phase.unsqueeze(-1), env.coast.unsqueeze(-1)), dim=-1)
+
+
+def policy_sensors(env: HumanoidBaseEnv) -> dict[str, torch.Tensor]:
+    """What the robot's computer feeds the policy, by the names of the policy file's inputs."""
+    return {
+        "base_ang_vel": env.base_ang_vel_b,
+        "projected_gravity": env.projected_gravity,
+        "command": env.command,
+        "joint_pos": env.joint_pos,
+        "joint_vel": env.joint_vel,
+    }
+
+
+@torch.no_grad()
+def record_policy(
+    policy: Callable[[torch.Tensor], torch.Tensor], config: HumanoidEnvConfig, steps: int = 1000
+) -> dict[str, torch.Tensor]:
+    """Steps of a policy in its environment, as the policy file sees them.
+
+    Args:
+      policy: observations to actions.
+      config: of its environment.
+      steps: number of recorded steps, a multiple of 10: ten robots side by side.
+
+    Returns:
+      The sensors and ``state`` before each step, ``joint_targets`` and ``next_state`` that came of
+      it, ``(steps, ...)``. Falls are left out of ``next_state`` by leaving out their steps.
+    """
+    env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0))
+    obs, _ = env.reset(seed=0)
+    rows = []
+    while sum(len(row["state"]) for row in rows) < steps:
+        row = {name: value.clone() for name, value in policy_sensors(env).items()}
+        row["state"] = policy_state(env)
+        obs, _, terminated, truncated, _ = env.step(policy(obs))
+        row["joint_targets"] = env.action_offset + env.action_scale * env.action
+        row["next_state"] = policy_state(env)
+        going_on = ~(terminated | truncated)
+        rows.append({name: value[going_on] for name, value in row.items()})
+    return {name: torch.cat([row[name] for row in rows])[:steps] for name in rows[0]}

@@ -1,0 +1,218 @@
+"""The walking test: does a policy walk, measured without any help from the training terms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import mujoco
+import torch
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, yaw_of
+
+# A foot is in the air after this long without contact: shorter gaps are chatter, not steps.
+MIN_SWING = 0.06
+MOVING_SPEED = 0.3
+# Share of commands that are zero, and the time a robot has to come to a halt.
+STANDING_SHARE = 0.1
+HALT_TIME = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkResult:
+    """What :func:`evaluate_walk` measured. Means are over worlds still on their feet."""
+
+    episodes: int
+    seconds: float
+    survival: float
+    survival_low: float
+    survival_high: float
+    velocity_error: float
+    yaw_rate_error: float
+    tilt: float
+    clearance_left: float
+    clearance_right: float
+    steps_left: float
+    steps_right: float
+    standing_steps: float
+    flight_fraction: float
+    cost_of_transport: float
+    action_rate: float
+
+    # name: (what it is, unit, smallest, largest value that counts as walking)
+    BAR = {  # noqa: RUF012 (a table, not a field)
+        "survival": ("episodes without a fall", "share", 0.95, 1.0),
+        "velocity_error": ("linear velocity error", "m/s", 0.0, 0.2),
+        "yaw_rate_error": ("yaw rate error", "rad/s", 0.0, 0.25),
+        "tilt": ("tilt of the torso", "deg", 0.0, 10.0),
+        "clearance_left": ("left sole's clearance in swing", "m", 0.03, math.inf),
+        "clearance_right": ("right sole's clearance in swing", "m", 0.03, math.inf),
+        "steps_left": ("left steps, command > 0.3 m/s", "1/s", 0.8, 2.5),
+        "steps_right": ("right steps, command > 0.3 m/s", "1/s", 0.8, 2.5),
+        "standing_steps": ("steps of a foot, command zero for 1 s", "1/s", 0.0, 0.2),
+        "flight_fraction": ("both feet in the air", "share", 0.0, 0.1),
+        "cost_of_transport": ("cost of transport", "J/(N m)", 0.0, math.inf),
+        "action_rate": ("change of a joint target per step", "rad", 0.0, math.inf),
+    }
+
+    def failures(self) -> list[str]:
+        """Names of the figures that miss the bar (a figure that could not be measured does)."""
+        return [
+            name
+            for name, (_, _, low, high) in self.BAR.items()
+            if not low <= getattr(self, name) <= high
+        ]
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a proportion (Wilson 1927), 95 % by default."""
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+@torch.no_grad()
+def evaluate_walk(
+    policy: Callable[[torch.Tensor], torch.Tensor],
+    config: HumanoidEnvConfig,
+    episodes: int = 256,
+    seconds: float = 20.0,
+    seed: int = 12345,
+    progress: Callable[[int, int], None] | None = None,
+) -> WalkResult:
+    """Run seeded episodes side by side and measure the gait.
+
+    The commands are those of the task ``walk`` (whatever ``config`` trained with), new every 5 s,
+    a tenth of them zero. An episode ends for good at its first fall.
+
+    Args:
+      policy: observations ``(n, obs_dim)`` to actions ``(n, num_joints)``.
+      config: the policy's environment: robot, physics, observations, gait.
+      episodes: number of episodes.
+      seconds: length of an episode.
+      seed: of initial states and commands.
+      progress: called with (steps done, steps in all).
+    """
+    task = HumanoidEnvConfig()
+    steps = round(seconds / config.control_dt)
+    config = dataclasses.replace(
+        config,
+        num_envs=episodes,
+        max_episode_length=steps + 1,
+        harness=0.0,
+        resampling_interval=task.resampling_interval,
+        command_vx=task.command_vx,
+        command_vy=task.command_vy,
+        command_yaw=task.command_yaw,
+        standing_fraction=STANDING_SHARE,
+    )
+    env = HumanoidBaseEnv(config)
+    sim, robot = env.simulation, env.robot
+    dt = config.control_dt
+    force = sim.field("actuator_force")[:, env.articulation.joint_ctrl]
+    soles = _Soles(env)
+
+    obs, _ = env.reset(seed=seed)
+    alive = torch.ones(episodes, dtype=torch.bool)
+    air_time = torch.zeros(episodes, 2)
+    peak = torch.zeros(episodes, 2)
+    total: dict[str, torch.Tensor] = {}
+
+    def add(name: str, values: torch.Tensor, where: torch.Tensor) -> None:
+        """Sum values over the worlds in ``where``, and count those."""
+        sums = torch.stack((torch.where(where, values, 0.0).sum(0), where.float().sum(0)))
+        total[name] = total.get(name, torch.zeros_like(sums)) + sums
+
+    def mean(name: str) -> torch.Tensor:
+        sums = total[name]
+        return torch.where(sums[1] > 0, sums[0] / sums[1], torch.nan)
+
+    for step in range(steps):
+        command = env.command.clone()
+        since_command = (env.episode_length % env.resampling_steps + 1) * dt
+        before = env.action.clone()
+        obs, _, terminated, _, _ = env.step(policy(obs))
+        # The returned worlds have been reset where they fell: only the others are measured.
+        alive &= ~terminated
+
+        heading = quat_from_yaw(yaw_of(env.base_quat_w))
+        velocity = rotate_inverse(heading, rotate(env.base_quat_w, env.base_lin_vel_b))
+        add("velocity_error", (velocity[:, :2] - command[:, :2]).norm(dim=-1), alive)
+        add("yaw_rate_error", (env.base_ang_vel_b[:, 2] - command[:, 2]).abs(), alive)
+        add("tilt", torch.rad2deg(torch.acos(env.torso_up_w[:, 2].clamp(-1, 1))), alive)
+        add("action_rate", (env.action - before).abs() @ env.action_scale / robot.num_joints, alive)
+
+        contact = env.foot_contact.bool()
+        walking = alive & (command[:, :2].norm(dim=-1) > MOVING_SPEED)
+        stopped = (command == 0).all(-1) & (since_command > HALT_TIME)
+        standing = alive & stopped
+        landed = contact & (air_time >= MIN_SWING)
+        add("clearance", peak, landed & walking.unsqueeze(-1))
+        add("walking_steps", landed.float() / dt, walking.unsqueeze(-1).expand(-1, 2))
+        add("standing_steps", landed.float() / dt, standing.unsqueeze(-1).expand(-1, 2))
+        add("flight_fraction", (~contact).all(-1).float(), walking)
+        add("power", (force * env.joint_vel).abs().sum(-1), walking)
+        add("speed", velocity[:, :2].norm(dim=-1), walking)
+        air_time = torch.where(contact, 0.0, air_time + dt)
+        peak = torch.where(contact, 0.0, torch.maximum(peak, soles.clearance()))
+        if progress:
+            progress(step + 1, steps)
+
+    survivors = int(alive.sum())
+    low, high = wilson_interval(survivors, episodes)
+    clearance, rate = mean("clearance"), mean("walking_steps")
+    return WalkResult(
+        episodes=episodes,
+        seconds=seconds,
+        survival=survivors / episodes,
+        survival_low=low,
+        survival_high=high,
+        velocity_error=float(mean("velocity_error")),
+        yaw_rate_error=float(mean("yaw_rate_error")),
+        tilt=float(mean("tilt")),
+        clearance_left=float(clearance[0]),
+        clearance_right=float(clearance[1]),
+        steps_left=float(rate[0]),
+        steps_right=float(rate[1]),
+        standing_steps=float(mean("standing_steps").mean()),
+        flight_fraction=float(mean("flight_fraction")),
+        cost_of_transport=float(mean("power") / (env.weight * mean("speed"))),
+        action_rate=float(mean("action_rate")),
+    )
+
+
+class _Soles:
+    """The lowest point of each foot: the ends of the capsules of its sole."""
+
+    def __init__(self, env: HumanoidBaseEnv) -> None:
+        model, sim = env.simulation.model, env.simulation
+        self._feet = []
+        for body in env.robot.foot_bodies:
+            geoms = [
+                g
+                for g in range(model.ngeom)
+                if model.geom_bodyid[g] == model.body(body).id
+                and model.geom_conaffinity[g] & 1
+                and model.geom_type[g] == mujoco.mjtGeom.mjGEOM_CAPSULE
+            ]
+            size = torch.as_tensor(model.geom_size[geoms])
+            self._feet.append((geoms, size[:, 0], size[:, 1]))
+        self._position = sim.field("geom_xpos")
+        self._rotation = sim.field("geom_xmat")
+
+    def clearance(self) -> torch.Tensor:
+        """Height of each foot's lowest point above flat ground, m, ``(num_worlds, 2)``."""
+        lowest = [
+            # A capsule's axis is the z axis of its frame: its height above the middle is R[2, 2] l.
+            (
+                self._position[:, geoms, 2]
+                - self._rotation[:, geoms, 8].abs() * half_length
+                - radius
+            ).amin(-1)
+            for geoms, radius, half_length in self._feet
+        ]
+        return torch.stack(lowest, dim=-1).float()

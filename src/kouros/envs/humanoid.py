@@ -1,0 +1,478 @@
+"""The humanoid environment: thousands of worlds behind one Gymnasium ``VectorEnv`` of tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from kouros.checks import check_choice
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.observations import OBSERVATIONS, mirror
+from kouros.envs.rewards import REWARDS
+from kouros.envs.scene import Camera, make_model
+from kouros.physics.articulation import ArticulationView
+from kouros.physics.rotations import matrix_from_quat, quat_from_yaw, rotate
+from kouros.physics.simulation import make_simulation
+from kouros.robots import get_robot
+
+# A number read from a world beyond this (SI units), or NaN, is a sick world, not a robot.
+SICK = 1e6
+
+# The harness at full strength: torque per sine of the tilt (N m; damped with a tenth of it, N m s)
+# and force per height missing (N/m). Changes of strength: HARNESS_STEP a fall.
+HARNESS_TORQUE = 200.0
+HARNESS_FORCE = 2000.0
+HARNESS_DAMPING = 4.0
+HARNESS_STEP = 0.05
+
+
+class HumanoidBaseEnv(VectorEnv):
+    """``num_envs`` humanoids that follow velocity commands.
+
+    **Step.** ``step(actions)`` takes ``(num_envs, num_joints)`` float32 and returns the five-tuple
+    ``(observations, rewards, terminations, truncations, infos)`` of tensors: actor observations
+    ``(num_envs, obs_dim)`` float32, rewards ``(num_envs,)`` float32, two ``(num_envs,)`` bool. A
+    termination is a fall (or a world whose state went non-finite); a truncation is the end of time.
+
+    **Reset.** Autoreset is same-step: where an episode ends, the returned observation is the first
+    of the next episode and ``infos["final_obs"]`` (``infos["final_critic_obs"]``) holds the last of
+    the ended one; their other rows repeat the returned ones. ``reset(options={"reset_mask": mask})``
+    resets only the rows of a bool mask; every other world, its clock and its command stay as they
+    are, bit for bit.
+
+    **Info**, all tensors: ``critic_obs`` ``(num_envs, critic_dim)``, the actor's observation followed
+    by what only a simulation knows; ``height`` (m); ``forward_velocity`` (m/s, base frame);
+    ``episode`` with ``r`` (sum of rewards), ``l`` (steps) and ``t`` (simulated seconds) where
+    ``_episode`` is true, zero elsewhere; ``metrics`` ``(len(metric_names),)``, means over the worlds.
+
+    **Observations** are concatenated terms of ``config.actor_observations``, see
+    :mod:`kouros.envs.observations`; rewards are weighted terms of ``config.rewards``, see
+    :mod:`kouros.envs.rewards`. The public tensors below are what terms are made of; they describe
+    the state after the last control step.
+
+    Attributes:
+      config, robot, simulation, articulation: what the environment is made of.
+      command: ``(num_envs, 3)`` vx, vy (m/s, base frame) and yaw rate (rad/s).
+      mean_velocity: ``(num_envs, 3)``, what follows the command: vx, vy and yaw rate averaged over
+        ``tracking_time``.
+      ordered: ``(num_envs,)`` bool, whether the command is more than ``standing_command``.
+      coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after the last such command.
+      moving: ``(num_envs,)`` bool, whether the gait clock counts: ordered, or coasting to a halt.
+      phase: ``(num_envs,)`` in [0, 1), the left foot's place in the gait cycle; the right foot is half
+        a cycle apart. A foot swings in the first ``swing_fraction`` of its cycle.
+      harness: ``(num_envs,)`` in [0, 1], how much each world's training harness still holds.
+      action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
+      episode_length: ``(num_envs,)`` int, control steps since the reset.
+
+    Args:
+      config: the task's figures; the task ``walk`` if None.
+      device: where the worlds live.
+
+    Raises:
+      ValueError: a name in the config (robot, reward, observation, joint) is unknown, or no engine
+        for the device.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's own declaration)
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": ["rgb_array"],
+    }
+
+    def __init__(
+        self, config: HumanoidEnvConfig | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        self.config = config = config or HumanoidEnvConfig()
+        self.robot = robot = get_robot(config.robot)
+        for field, table in (("rewards", REWARDS), ("actor_observations", OBSERVATIONS)):
+            for name in getattr(config, field):
+                check_choice(field, name, table)
+        for name in config.critic_observations:
+            check_choice("critic_observations", name, OBSERVATIONS)
+        self.pose_weights = torch.tensor(
+            _by_part("pose_weights", config.pose_weights, robot.joint_names), device=device
+        )
+        self.simulation = make_simulation(
+            make_model(robot, config), config.num_envs, device, num_threads=config.num_threads
+        )
+        self.device = self.simulation.device
+        self.articulation = ArticulationView(self.simulation, robot)
+        self.num_envs = config.num_envs
+        self.render_mode = "rgb_array"
+        self._camera: Camera | None = None
+        self._generator = torch.Generator(self.device)
+        self._generator.seed()
+        self._allocate()
+        self._refresh()
+
+        actor, critic = config.actor_observations, config.critic_observations
+        sizes = [OBSERVATIONS[name].compute(self).shape[1] for name in actor + critic]
+        self._actor_dim = sum(sizes[: len(actor)])
+        self.mirror = {
+            "obs": mirror(actor, sizes[: len(actor)], robot),
+            "critic_obs": mirror(actor + critic, sizes, robot),
+            "action": (torch.tensor(robot.mirror_joint), torch.tensor(robot.mirror_sign).float()),
+        }
+        self.single_observation_space = _box(np.inf, self._actor_dim)
+        self.critic_observation_space = _box(np.inf, sum(sizes))
+        self.single_action_space = _box(config.action_limit, robot.num_joints)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.reset()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Start episodes anew, in all worlds or where ``options["reset_mask"]`` is true.
+
+        Args:
+          seed: restarts the random generator: the same seed gives the same episodes. Until the first
+          seed the generator starts anywhere.
+          options: ``{"reset_mask": bool (num_envs,)}`` or None.
+
+        Raises:
+          ValueError: an unknown option, or a mask of another shape or type.
+        """
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        mask = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        for name, value in (options or {}).items():
+            check_choice("options", name, ["reset_mask"])
+            mask = torch.as_tensor(value, device=self.device)
+            if mask.dtype != torch.bool or mask.shape != (self.num_envs,):
+                raise ValueError(
+                    f"options['reset_mask'] of shape {tuple(mask.shape)} and type {mask.dtype}: "
+                    f"use a bool mask of shape ({self.num_envs},)"
+                )
+        self._begin_episodes(mask)
+        self._resample_commands(mask)
+        self._refresh()
+        critic_obs = self._observations()
+        return critic_obs[:, : self._actor_dim], self._info(critic_obs)
+
+    def step(
+        self, actions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """One control step of every world; see the class.
+
+        Raises:
+          TypeError: ``actions`` is not a float tensor.
+          ValueError: its shape or device is wrong, or a value is not finite.
+        """
+        shape = (self.num_envs, self.robot.num_joints)
+        if not isinstance(actions, torch.Tensor) or not actions.is_floating_point():
+            kind = actions.dtype if isinstance(actions, torch.Tensor) else type(actions).__name__
+            raise TypeError(f"actions: got {kind}, expected a float32 tensor of shape {shape}")
+        if actions.shape != shape:
+            raise ValueError(f"actions: got shape {tuple(actions.shape)}, expected {shape}")
+        if actions.device != self.device:
+            raise ValueError(f"actions: on {actions.device}, the environment is on {self.device}")
+        if self.device.type == "cpu" and not bool(torch.isfinite(actions).all()):
+            bad = int((~torch.isfinite(actions)).any(-1).nonzero()[0])
+            raise ValueError(f"actions: not finite in world {bad}; the policy has diverged")
+        return self._step(actions)
+
+    def _step(self, actions: torch.Tensor):
+        """The tensor program: no host synchronization, no shape that depends on data."""
+        config = self.config
+        self.action_before.copy_(self.previous_action)
+        self.previous_action.copy_(self.action)
+        torch.clamp(actions, -config.action_limit, config.action_limit, out=self.action)
+        self._ctrl.copy_(torch.addcmul(self.action_offset, self.action_scale, self.action))
+        if config.harness:
+            self._pull_harness()
+        self.simulation.step(config.frame_skip)
+        self.episode_length += 1
+        cycles = config.control_dt / config.gait_period
+        self.phase.add_(cycles).remainder_(1.0)
+        self.coast.masked_fill_(self.ordered, 1.0).sub_(cycles).clamp_(min=0.0)
+        self._refresh()
+        self.sick_worlds += self.sick.sum()
+        velocity = torch.cat((self.base_lin_vel_b[:, :2], self.base_ang_vel_b[:, 2:]), dim=-1)
+        self.mean_velocity.lerp_(velocity, min(1.0, config.control_dt / config.tracking_time))
+
+        self.fallen = (
+            self.sick
+            | (self.projected_gravity[:, 2] > -math.cos(config.fall_tilt))
+            | (self.base_pos_w[:, 2] < config.fall_height)
+        )
+        if config.harness:
+            # Up with a fall and down with time: steady where falls are harness_fall_time apart.
+            self.harness += HARNESS_STEP * self.fallen
+            self.harness -= HARNESS_STEP * config.control_dt / config.harness_fall_time
+            self.harness.clamp_(0.0, config.harness)
+
+        terminations = self.fallen
+        truncations = (self.episode_length >= config.max_episode_length) & ~terminations
+        done = terminations | truncations
+        rewards, metrics = self._rewards()
+        self._episode_return += rewards
+        final_obs = self._observations()
+        info = {
+            "final_obs": final_obs[:, : self._actor_dim],
+            "final_critic_obs": final_obs,
+            "_episode": done,
+            "episode": {
+                "r": self._episode_return * done,
+                "l": self.episode_length * done,
+                "t": self.episode_length * done * config.control_dt,
+            },
+            "metrics": metrics,
+        }
+        new_command = done | (self.episode_length % self.resampling_steps == 0)
+        self._begin_episodes(done)
+        self._resample_commands(new_command)
+        self._refresh()
+        critic_obs = self._observations()
+        info |= self._info(critic_obs)
+        return critic_obs[:, : self._actor_dim], rewards, terminations, truncations, info
+
+    def _info(self, critic_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "critic_obs": critic_obs,
+            "height": self.base_pos_w[:, 2].clone(),
+            "forward_velocity": self.base_lin_vel_b[:, 0].clone(),
+        }
+
+    def _allocate(self) -> None:
+        config, robot, view, sim = self.config, self.robot, self.articulation, self.simulation
+        n, model = self.num_envs, sim.model
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(n, *shape, dtype=dtype, device=self.device)
+
+        def constant(values: Any) -> torch.Tensor:
+            return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=self.device)
+
+        # One float32 copy of what is read in every step; the public tensors are views of it.
+        self._read = zeros(model.nq + model.nv + model.nsensordata)
+        parts = self._read.split([model.nq, model.nv, model.nsensordata], dim=1)
+        self._sources = tuple(zip(parts, (sim.qpos, sim.qvel, sim.sensordata), strict=True))
+        qpos, self._qvel, sensors = parts
+
+        def sensor(first: str, count: int, size: int) -> torch.Tensor:
+            start = int(model.sensor(first).adr[0])
+            return sensors[:, start : start + count * size].unflatten(1, (count, size))
+
+        left = robot.feet[0]  # the right foot's sensor follows, see Robot.spec
+        self.base_pos_w, self.base_quat_w = qpos[:, 0:3], qpos[:, 3:7]
+        self.base_ang_vel_b = self._qvel[:, 3:6]
+        self.joint_pos, self.joint_vel = qpos[:, view.joint_qpos], self._qvel[:, view.joint_qvel]
+        self.torso_up_w = sensor("torso_up", 1, 3)[:, 0]
+        self.foot_pos_w = sensor(f"{left}_position", 2, 3)
+        self._foot_vel_w = sensor(f"{left}_velocity", 2, 3)
+        self._foot_contact = sensor(f"{left}_contact", 2, 4)
+
+        self.default_joint_pos = constant(robot.default_joint_pos)
+        self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
+        self.command, self.mean_velocity = zeros(3), zeros(3)
+        self.ordered = zeros(dtype=torch.bool)
+        self.phase, self.coast = zeros(), zeros()
+        self.action, self.previous_action, self.action_before = (
+            zeros(robot.num_joints) for _ in range(3)
+        )
+        self.episode_length = zeros(dtype=torch.int64)
+        self._episode_return = zeros()
+        self.sick_worlds = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.harness = torch.full_like(self.phase, config.harness)
+        self._harness_wrench = sim.field("xfrc_applied")[:, model.body(robot.base_body).id]
+        self.resampling_steps = max(1, round(config.resampling_interval / config.control_dt))
+        ranges = constant([config.command_vx, config.command_vy, config.command_yaw])
+        self._command_low, self._command_range = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
+        self._joint_low, self._joint_high = constant(robot.joint_range).T
+
+        offset, scale = {
+            "position": (robot.default_joint_pos, robot.action_scale),
+            "velocity": (np.zeros(robot.num_joints), np.ones(robot.num_joints)),
+            "effort": (np.zeros(robot.num_joints), 0.25 * robot.effort_limit),
+        }[config.control_mode]
+        self.action_offset, self.action_scale = constant(offset), constant(scale * config.action_scale)
+        self._ctrl = sim.ctrl[:, view.joint_ctrl]
+
+        self._reward_weights = constant(list(config.rewards.values()))
+        self.metric_names = (
+            *(f"reward/{name}" for name in config.rewards),
+            "reward/total",
+            "task/velocity_error",
+            "task/yaw_rate_error",
+            "task/harness",
+            "task/sick_worlds",
+        )
+
+    def _refresh(self) -> None:
+        """Bring the public tensors to the simulation's present state, float32 and finite."""
+        for target, source in self._sources:
+            target.copy_(source)
+        self.sick = ~(self._read.abs().amax(-1) < SICK)
+        self._read.masked_fill_(self.sick.unsqueeze(-1), 0.0)
+        self.base_quat_w[:, 0] += self.sick
+
+        to_world = matrix_from_quat(self.base_quat_w)
+        self._base_up_w = to_world[:, :, 2]
+        self.projected_gravity = -to_world[:, 2]
+        vectors_w = torch.cat(
+            (self._qvel[:, None, 0:3], self._foot_vel_w, self._foot_contact[:, :, 1:]), dim=1
+        )
+        # Rows times R: each vector v becomes R^T v, from the world's frame to the base's.
+        vectors_b = vectors_w @ to_world
+        self.base_lin_vel_b = vectors_b[:, 0]
+        self.foot_vel_b, self.foot_force_b = vectors_b[:, 1:3], vectors_b[:, 3:5]
+        self.foot_contact = (self._foot_contact[:, :, 0] > 0).float()
+
+    @property
+    def moving(self) -> torch.Tensor:
+        return self.ordered | (self.coast > 0.0)
+
+    def gait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether each foot should be in the air now, and how high (m), ``(num_envs, 2)`` each."""
+        config = self.config
+        cycle = torch.stack((self.phase, self.phase + 0.5), dim=-1).remainder_(1.0)
+        swing = (cycle < config.swing_fraction) & self.moving.unsqueeze(-1)
+        height = torch.sin(cycle * (torch.pi / config.swing_fraction)) * config.swing_height
+        return swing, height * swing
+
+    def _observe(self, names: tuple[str, ...]) -> torch.Tensor:
+        return torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
+
+    def _observations(self) -> torch.Tensor:
+        """The critic's observation; the actor's is its first columns."""
+        return self._observe(self.config.actor_observations + self.config.critic_observations)
+
+    def _rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        error = self.command - torch.cat((self.base_lin_vel_b[:, :2], self.base_ang_vel_b[:, 2:]), 1)
+        terms = [REWARDS[name](self) for name in config.rewards]
+        others = [error[:, :2].norm(dim=-1), error[:, 2].abs(), self.harness]
+        columns = torch.stack(terms + others)
+        rates = columns[: len(terms)] * self._reward_weights.unsqueeze(-1)
+        # What a sick world did is nobody's merit or fault.
+        total = rates.sum(0).masked_fill_(self.sick, 0.0)
+        means = torch.cat((rates, total.unsqueeze(0), columns[len(terms) :])).mean(1)
+        metrics = torch.cat((means, self.sick_worlds.unsqueeze(0).float()))
+        return total * config.control_dt, metrics
+
+    def _pull_harness(self) -> None:
+        """A wrench on the base, world frame: a torque towards upright, a force up where it is low."""
+        up_x, up_y, _ = self._base_up_w.unbind(-1)
+        rate_x, rate_y, _ = rotate(self.base_quat_w, self.base_ang_vel_b).unbind(-1)
+        low = (self.config.target_height - self.base_pos_w[:, 2]).clamp(min=0.0)
+        # The torque is cross(base's up, world's up), the axis and sine of the tilt, and damping.
+        torque_x = HARNESS_TORQUE * up_y - HARNESS_DAMPING * rate_x
+        torque_y = -HARNESS_TORQUE * up_x - HARNESS_DAMPING * rate_y
+        pull = torch.stack((HARNESS_FORCE * low, torque_x, torque_y), dim=-1)
+        self._harness_wrench[:, 2:5] = pull * self.harness.unsqueeze(-1)
+
+    def _uniform(self, columns: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), ``(num_envs, columns)``: every world draws, masked or not."""
+        return torch.rand(self.num_envs, columns, generator=self._generator, device=self.device)
+
+    def _resample_commands(self, mask: torch.Tensor) -> None:
+        draw = self._uniform(4)
+        command = torch.addcmul(self._command_low, self._command_range, draw[:, :3])
+        command *= draw[:, 3:] >= self.config.standing_fraction
+        self.set_command(torch.where(mask.unsqueeze(-1), command, self.command))
+
+    def _begin_episodes(self, mask: torch.Tensor) -> None:
+        config, sim, view = self.config, self.simulation, self.articulation
+        rows = mask.unsqueeze(-1)
+        draw = 2.0 * self._uniform(5 + self.robot.num_joints) - 1.0
+        qpos, qvel = torch.zeros_like(sim.qpos), torch.zeros_like(sim.qvel)
+        qpos[:, 2] = self.robot.base_height
+        qpos[:, 3:7] = quat_from_yaw(torch.pi * draw[:, 0])
+        joint_pos = self.default_joint_pos + config.initial_joint_noise * draw[:, 5:]
+        qpos[:, view.joint_qpos] = joint_pos.clamp(self._joint_low, self._joint_high).to(sim.dtype)
+        qvel[:, 0:2] = config.initial_velocity * draw[:, 1:3]
+        qvel[:, 5] = config.initial_velocity * draw[:, 3]
+        sim.reset(mask)
+        torch.where(rows, qpos, sim.qpos, out=sim.qpos)
+        torch.where(rows, qvel, sim.qvel, out=sim.qvel)
+        sim.forward(mask)
+
+        torch.where(mask, 0.5 + 0.5 * draw[:, 4], self.phase, out=self.phase)
+        for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
+            buffer.masked_fill_(rows, 0.0)
+        self.coast.masked_fill_(mask, 1.0)
+        self.episode_length.masked_fill_(mask, 0)
+        self._episode_return.masked_fill_(mask, 0.0)
+
+    def observe(self) -> torch.Tensor:
+        """The actor's observation of the present state, ``(num_envs, obs_dim)``."""
+        return self._observe(self.config.actor_observations)
+
+    def set_command(self, command: torch.Tensor) -> None:
+        """Command every world from outside, until the next resampling.
+
+        Args:
+          command: vx, vy (m/s, base frame) and yaw rate (rad/s), ``(num_envs, 3)`` or what
+            broadcasts to it. Observe anew afterwards.
+        """
+        self.command.copy_(command)
+        torch.gt(self.command.norm(dim=-1), self.config.standing_command, out=self.ordered)
+
+    def render(self, world: int = 0) -> np.ndarray:
+        """A picture of one world, RGB ``(480, 640, 3)`` uint8.
+
+        Raises:
+          RuntimeError: this machine can draw nothing; the message says what to install.
+        """
+        if self._camera is None:
+            self._camera = Camera(self.simulation.model, self.robot.base_body)
+        return self._camera.picture(self.simulation.data(world))
+
+    def close_extras(self, **kwargs: Any) -> None:
+        if self._camera is not None:
+            self._camera.close()
+            self._camera = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the future of the environment depends on, its random generator included."""
+        return {
+            "simulation": self.simulation.state_dict(),
+            "generator": self._generator.get_state(),
+            **{name: getattr(self, name).clone() for name in _STATE},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, bit for bit.
+
+        Raises:
+          ValueError: the state is of another number of worlds or another model.
+        """
+        self.simulation.load_state_dict(state["simulation"])
+        self._generator.set_state(state["generator"].cpu())
+        for name in _STATE:
+            getattr(self, name).copy_(state[name])
+        self._refresh()
+
+
+_STATE = (
+    "command",
+    "mean_velocity",
+    "ordered",
+    "phase",
+    "coast",
+    "action",
+    "previous_action",
+    "action_before",
+    "episode_length",
+    "_episode_return",
+    "sick_worlds",
+    "harness",
+)
+
+
+def _box(limit: float, size: int) -> gymnasium.spaces.Box:
+    return gymnasium.spaces.Box(-limit, limit, (size,), np.float32)
+
+
+def _by_part(field: str, weights: dict[str, float], names: tuple[str, ...]) -> list[float]:
+    """The weight of each name: that of the first key that is part of it, else 0."""
+    for part in weights:
+        if not any(part in name for name in names):
+            raise ValueError(f"{field}: {part!r} matches no joint of {', '.join(names)}")
+    return [next((w for part, w in weights.items() if part in name), 0.0) for name in names]

@@ -1,0 +1,167 @@
+"""Observation terms: plain functions of the environment, by name.
+
+A term returns ``(num_envs, size)`` in SI units. Its ``mirror`` says how the values change when the
+world is reflected across the robot's sagittal (x-z) plane, which is what symmetric networks need.
+Adding one is one function here and its name in the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from kouros.robots import Robot
+
+if TYPE_CHECKING:
+    from kouros.envs.humanoid import HumanoidBaseEnv
+
+# scalar: unchanged. vector: y changes sign. pseudovector: x and z change sign (a rotation).
+# command: (vx, vy, yaw rate). negate: all change sign. joints: the robot's mirror pairs.
+# feet: left and right exchange. feet_vector: they exchange, and y changes sign.
+Mirror = Literal[
+    "scalar", "vector", "pseudovector", "command", "negate", "joints", "feet", "feet_vector"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationTerm:
+    compute: Callable[[HumanoidBaseEnv], torch.Tensor]
+    mirror: Mirror
+
+
+OBSERVATIONS: dict[str, ObservationTerm] = {}
+
+
+def observation(mirror: Mirror) -> Callable:
+    """Register a function as the observation term of its own name."""
+
+    def register(function: Callable[[HumanoidBaseEnv], torch.Tensor]) -> Callable:
+        OBSERVATIONS[function.__name__] = ObservationTerm(function, mirror)
+        return function
+
+    return register
+
+
+@observation(mirror="pseudovector")
+def base_ang_vel(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Angular velocity of the base, base frame, rad/s: a gyroscope."""
+    return env.base_ang_vel_b
+
+
+@observation(mirror="vector")
+def projected_gravity(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Direction of gravity, base frame, unit length: (0, 0, -1) when upright."""
+    return env.projected_gravity
+
+
+@observation(mirror="command")
+def command(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Commanded (vx, vy, yaw rate), base frame, m/s and rad/s."""
+    return env.command
+
+
+@observation(mirror="negate")
+def gait_phase(env: HumanoidBaseEnv) -> torch.Tensor:
+    """(sin, cos) of the left foot's place in the gait cycle; (0, 0) when told to stand."""
+    angle = (2.0 * torch.pi) * env.phase
+    return torch.stack((torch.sin(angle), torch.cos(angle)), dim=-1) * env.moving.unsqueeze(-1)
+
+
+@observation(mirror="joints")
+def joint_pos(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Joint positions about the default pose, rad."""
+    return env.joint_pos - env.default_joint_pos
+
+
+@observation(mirror="joints")
+def joint_vel(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Joint velocities, rad/s."""
+    return env.joint_vel
+
+
+@observation(mirror="joints")
+def last_action(env: HumanoidBaseEnv) -> torch.Tensor:
+    """The action of the last control step; zero after a reset."""
+    return env.action
+
+
+@observation(mirror="vector")
+def base_lin_vel(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Linear velocity of the base, base frame, m/s."""
+    return env.base_lin_vel_b
+
+
+@observation(mirror="command")
+def mean_velocity(env: HumanoidBaseEnv) -> torch.Tensor:
+    """What the tracking rewards look at: (vx, vy, yaw rate) averaged over ``tracking_time``."""
+    return env.mean_velocity
+
+
+@observation(mirror="scalar")
+def base_height(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Height of the base above the ground, m."""
+    return env.base_pos_w[:, 2:3]
+
+
+@observation(mirror="scalar")
+def harness(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Strength of the training harness, 0 to 1."""
+    return env.harness.unsqueeze(-1)
+
+
+@observation(mirror="feet")
+def foot_height(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Height of each foot above the ground, m."""
+    return env.foot_pos_w[:, :, 2]
+
+
+@observation(mirror="feet_vector")
+def foot_velocity(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Velocity of each foot, base frame, m/s."""
+    return env.foot_vel_b.flatten(1)
+
+
+@observation(mirror="feet")
+def foot_contact(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Whether each foot touches the ground, 0 or 1."""
+    return env.foot_contact
+
+
+@observation(mirror="feet_vector")
+def foot_force(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Force of the ground on each foot, base frame, in units of the robot's weight."""
+    return (env.foot_force_b / env.weight).flatten(1)
+
+
+def mirror(names: tuple[str, ...], sizes: list[int], robot: Robot) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reflection of the concatenated terms: ``mirrored = sign * x[..., index]``.
+
+    Args:
+      names: the terms.
+      sizes: their lengths.
+      robot: whose mirror pairs ``joints`` follows.
+
+    Returns:
+      ``index`` (int64) and ``sign`` (float32), each ``(sum(sizes),)``.
+    """
+    feet_vector = ([3, 4, 5, 0, 1, 2], [1, -1, 1, 1, -1, 1])
+    rules: dict[str, tuple] = {
+        "vector": ([0, 1, 2], [1, -1, 1]),
+        "pseudovector": ([0, 1, 2], [-1, 1, -1]),
+        "command": ([0, 1, 2], [1, -1, -1]),
+        "joints": (robot.mirror_joint, robot.mirror_sign),
+        "feet": ([1, 0], [1, 1]),
+        "feet_vector": feet_vector,
+    }
+    index, sign, start = [], [], 0
+    for name, size in zip(names, sizes, strict=True):
+        kind = OBSERVATIONS[name].mirror
+        same = range(size), [-1 if kind == "negate" else 1] * size
+        places, signs = rules.get(kind, same)
+        index += [start + int(i) for i in places]
+        sign += [float(s) for s in signs]
+        start += size
+    return torch.tensor(index), torch.tensor(sign)

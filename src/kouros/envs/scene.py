@@ -1,0 +1,122 @@
+"""The robot in a world: ground, light and the picture of it."""
+
+from __future__ import annotations
+
+import os
+
+import mujoco
+import numpy as np
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.robots import Robot
+
+
+def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
+    """The compiled model of one world: the robot on flat ground, with the config's physics options."""
+    spec = robot.spec(config.control_mode, config.collisions)
+    spec.option.timestep = config.timestep
+    spec.option.iterations = config.solver_iterations
+    spec.option.ls_iterations = config.line_search_iterations
+    spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    # One robot is one constraint island, and 35 degrees of freedom in a tree have a sparse Jacobian:
+    # together 15 % of a physics step (docs/performance.md).
+    spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
+    spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
+
+    spec.add_texture(
+        name="ground",
+        type=mujoco.mjtTexture.mjTEXTURE_2D,
+        builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER,
+        mark=mujoco.mjtMark.mjMARK_EDGE,
+        rgb1=[0.30, 0.34, 0.38],
+        rgb2=[0.25, 0.29, 0.33],
+        markrgb=[0.55, 0.58, 0.62],
+        width=256,
+        height=256,
+    )
+    ground = spec.add_material(name="ground", texrepeat=[1, 1], texuniform=True)
+    ground.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "ground"
+    spec.worldbody.add_geom(
+        name="ground",
+        type=mujoco.mjtGeom.mjGEOM_PLANE,
+        size=[0, 0, 0.05],
+        material="ground",
+        contype=1,
+        conaffinity=0,
+    )
+    spec.worldbody.add_light(
+        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
+        pos=[0, 0, 4],
+        dir=[-0.4, 0.4, -1],
+        diffuse=[0.65, 0.65, 0.65],
+        castshadow=True,
+    )
+    spec.visual.headlight.ambient = [0.35, 0.35, 0.35]
+    spec.visual.headlight.diffuse = [0.35, 0.35, 0.35]
+    spec.visual.map.zfar = 60.0
+    spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 720
+    spec.add_texture(
+        name="sky",
+        type=mujoco.mjtTexture.mjTEXTURE_SKYBOX,
+        builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
+        rgb1=[0.75, 0.80, 0.86],
+        rgb2=[0.35, 0.42, 0.50],
+        width=64,
+        height=384,
+    )
+    return spec.compile()
+
+
+class Camera:
+    """Pictures of a world, from a camera that follows the robot's base.
+
+    Works with and without a display: where ``MUJOCO_GL`` is not set and there is none, EGL is
+    tried, then OSMesa.
+
+    Args:
+      model: the world's model.
+      base: body to follow.
+      width, height: size of the picture, pixels, up to 1280 x 720.
+
+    Raises:
+      RuntimeError: this machine can draw nothing; the message says what to install.
+    """
+
+    def __init__(self, model: mujoco.MjModel, base: str, width: int = 640, height: int = 480) -> None:
+        self._renderer = _make_renderer(model, width, height)
+        self._base = base
+        self._camera = mujoco.MjvCamera()
+        self._camera.distance, self._camera.azimuth, self._camera.elevation = 2.6, 130.0, -12.0
+        # Reflections cost a second pass, and software renderers have little to give.
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+
+    def picture(self, data: mujoco.MjData) -> np.ndarray:
+        """RGB, ``(height, width, 3)`` uint8."""
+        self._camera.lookat = data.body(self._base).xpos * [1, 1, 0] + [0, 0, 0.65]
+        self._renderer.update_scene(data, self._camera)
+        return self._renderer.render()
+
+    def close(self) -> None:
+        self._renderer.close()
+
+
+def _make_renderer(model: mujoco.MjModel, width: int, height: int) -> mujoco.Renderer:
+    from mujoco.rendering.classic import gl_context
+
+    if os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY"):
+        return mujoco.Renderer(model, height, width)
+    failures = []
+    for backend in ("egl", "osmesa"):
+        # Both modules refuse to load when PyOpenGL was told of another platform.
+        os.environ["PYOPENGL_PLATFORM"] = backend
+        try:
+            module = __import__(f"mujoco.{backend}", fromlist=["GLContext"])
+            gl_context.GLContext = module.GLContext
+            return mujoco.Renderer(model, height, width)
+        except Exception as error:  # whatever a missing driver raises
+            failures.append(f"{backend}: {error}")
+    raise RuntimeError(
+        "cannot draw: neither EGL nor OSMesa works here ("
+        + "; ".join(failures)
+        + "). On Debian or Ubuntu: apt install libegl1 libgl1-mesa-dri, or libosmesa6"
+    )

@@ -1,0 +1,105 @@
+"""The learner's figures. Nothing here imports torch, so that ``kouros --help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Literal, get_args
+
+from kouros.checks import check_choice, require
+from kouros.envs.config import TASKS, HumanoidEnvConfig
+
+Activation = Literal["elu", "relu", "silu", "tanh"]
+
+
+@dataclasses.dataclass
+class PPOConfig:
+    """Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347)."""
+
+    horizon: int = 24
+    """Control steps each world takes between updates."""
+    epochs: int = 5
+    """Passes over the collected samples in one update."""
+    minibatches: int = 8
+    """Parts the samples are split into; each is one gradient step an epoch."""
+    learning_rate: float = 3e-4
+    """Adam's step size."""
+    gamma: float = 0.99
+    """Discount per control step."""
+    gae_lambda: float = 0.95
+    """Weight of longer returns in the advantage (Schulman et al. 2015, arXiv 1506.02438)."""
+    clip: float = 0.2
+    """Probability ratio beyond which a sample stops pulling."""
+    value_clip: bool = True
+    """Clip the change of the value estimate likewise."""
+    value_weight: float = 1.0
+    """Weight of the value loss."""
+    entropy_weight: float = 0.003
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    actor_hidden: tuple[int, ...] = (256, 128)
+    """Units of the policy's hidden layers."""
+    critic_hidden: tuple[int, ...] = (256, 128)
+    """Units of the value function's hidden layers."""
+    activation: Activation = "elu"
+    """Activation of hidden layers."""
+    layer_norm: bool = False
+    """Normalize each hidden layer."""
+    initial_std: float = 1.0
+    """Standard deviation of the actions before learning, in units of action."""
+    squash: bool = False
+    """Pass actions through tanh to the bounds of the action space; else they are clipped there."""
+    normalize_observations: bool = True
+    """Shift and scale observations by their running mean and deviation, inside the networks."""
+    symmetric: bool = True
+    """Make the networks mirror-symmetric, where the environment says how it mirrors: a situation
+    and its mirror image get mirrored actions and equal values."""
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.activation, get_args(Activation))
+        positive = "horizon epochs minibatches learning_rate clip max_grad_norm initial_std"
+        for name in positive.split():
+            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        for name in ("gamma", "gae_lambda"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        for name in ("value_weight", "entropy_weight"):
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("actor_hidden", "critic_hidden"):
+            require(self, name, all(n > 0 for n in getattr(self, name)), "sizes must be positive")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """One training run."""
+
+    task: str = "walk"
+    """Task, by name: the defaults of env."""
+    run: Path | None = None
+    """Folder of the run; runs/TASK-DATE-TIME if not given."""
+    resume: Path | None = None
+    """Folder of a run to go on with, exactly where its last checkpoint stands."""
+    steps: int = 3_000_000
+    """Control steps, of all worlds together, to train for."""
+    minutes: float = math.inf
+    """Minutes after which to stop, if the steps are not done by then."""
+    save_interval: int = 50
+    """Iterations between checkpoints."""
+    seed: int = 0
+    """Seed of networks, exploration and worlds: the same seed gives the same policy on the CPU."""
+    device: str = "cpu"
+    """Where the worlds and the networks live."""
+    env: HumanoidEnvConfig = dataclasses.field(default_factory=HumanoidEnvConfig)
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        for name in ("steps", "minutes", "save_interval"):
+            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        require(self, "seed", self.seed >= 0, "must not be negative")
+        if self.resume and self.run not in (None, self.resume):
+            raise ValueError(f"run={self.run}: --resume goes on in its own folder; leave --run out")
+        self.run = self.run or self.resume or Path("runs", f"{self.task}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,0 +1,201 @@
+"""Policy and value networks. The observation normalizer is their first layer: it cannot be left behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+# A reflection of a vector space as a signed permutation: mirrored = sign * x[..., index].
+Mirror = tuple[torch.Tensor, torch.Tensor]
+
+# Fixed, not learnt: exploration neither dies nor explodes.
+LOG_STD_RANGE = (math.log(0.05), math.log(2.0))
+
+
+class Normalizer(nn.Module):
+    """Shifts and scales observations by the mean and deviation of all that :meth:`update` saw.
+
+    Batches merge by Chan, Golub & LeVeque (1979): the statistics equal those of the whole data.
+
+    Args:
+      size: length of an observation.
+      clip: normalized values are clipped to +- this.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, size: int, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, batch: torch.Tensor) -> None:
+        """Take in ``(n, size)`` observations."""
+        if batch.dim() != 2 or batch.shape[1] != len(self.mean):
+            raise ValueError(f"batch of shape {tuple(batch.shape)}: expected (n, {len(self.mean)})")
+        n = len(batch)
+        total = self.count + n
+        delta = batch.mean(0) - self.mean
+        within = self.variance * self.count + batch.var(0, correction=0) * n
+        between = delta.square() * self.count * n / total
+        self.variance.copy_((within + between) / total)
+        self.mean.add_(delta * n / total)
+        self.count.copy_(total)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) * torch.rsqrt(self.variance + 1e-5)).clamp(-self.clip, self.clip)
+
+
+def make_mlp(
+    sizes: Sequence[int], activation: str = "elu", layer_norm: bool = False, last_gain: float = 1.0
+) -> nn.Sequential:
+    """A multilayer perceptron ``sizes[0] -> ... -> sizes[-1]`` with orthogonal first weights.
+
+    Args:
+      sizes: units of each layer, input and output included.
+      activation: name of the hidden activation.
+      layer_norm: normalize before each activation (without weights of its own).
+      last_gain: scale of the last layer's first weights.
+    """
+    layers: list[nn.Module] = []
+    for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        last = i == len(sizes) - 2
+        linear = nn.Linear(n_in, n_out)
+        nn.init.orthogonal_(linear.weight, gain=last_gain if last else math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers.append(linear)
+        if not last:
+            if layer_norm:
+                layers.append(nn.LayerNorm(n_out, elementwise_affine=False))
+            layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers)
+
+
+class ActorNetwork(nn.Module):
+    """Gaussian policy: mean from observations, one learnt deviation per action.
+
+    Args:
+      obs_dim: length of an observation.
+      action_dim: length of an action.
+      hidden: units of the hidden layers.
+      activation: ``elu``, ``relu``, ``silu`` or ``tanh``.
+      layer_norm: normalize each hidden layer.
+      initial_std: first deviation, in units of action.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (256, 128),
+        activation: str = "elu",
+        layer_norm: bool = False,
+        initial_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.normalizer = Normalizer(obs_dim)
+        # A small last layer: the first actions stay near zero, the default pose.
+        self.mlp = make_mlp((obs_dim, *hidden, action_dim), activation, layer_norm, 0.01)
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(initial_std)))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """Mean action, ``(..., action_dim)``."""
+        return self.mlp(self.normalizer(obs))
+
+    def bounded_log_std(self) -> torch.Tensor:
+        """Logarithm of each action's deviation, ``(action_dim,)``."""
+        return self.log_std.clamp(*LOG_STD_RANGE)
+
+
+class CriticNetwork(nn.Module):
+    """Value of an observation; arguments as :class:`ActorNetwork`."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        hidden: Sequence[int] = (256, 128),
+        activation: str = "elu",
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.normalizer = Normalizer(obs_dim)
+        self.mlp = make_mlp((obs_dim, *hidden, 1), activation, layer_norm)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """Value, ``(...)``."""
+        return self.mlp(self.normalizer(obs)).squeeze(-1)
+
+
+def log_prob(actions: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """Log-density of a Gaussian with independent components, summed over the last dimension."""
+    scaled = (actions - mean) * torch.exp(-log_std)
+    return -(0.5 * scaled.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * mean.shape[-1]
+
+
+def entropy(log_std: torch.Tensor) -> torch.Tensor:
+    """Entropy of a Gaussian with independent components."""
+    return log_std.sum() + 0.5 * (1.0 + math.log(2 * math.pi)) * len(log_std)
+
+
+def reflection(network: ActorNetwork | CriticNetwork, obs: Mirror, out: Mirror) -> Mirror:
+    """The reflection of a network's parameters, as one flat vector, that mirrors its function.
+
+    Hidden layers reflect by exchanging their halves. A network is mirror-symmetric (mirrored
+    observations give exactly mirrored output) when its parameters equal their own reflection, and
+    it stays so under any optimizer that treats equal gradients equally, if gradients are projected
+    by :func:`project`. Every sample then teaches its mirror image too, at no cost; Su et al. 2024
+    (arXiv 2403.17320) compare this with mirrored copies of the data.
+
+    Args:
+      network: with even hidden sizes.
+      obs: reflection of its observations.
+      out: reflection of its output.
+
+    Returns:
+      ``index`` and ``sign``, each ``(number of parameters,)``, in ``network.parameters()`` order.
+
+    Raises:
+      ValueError: a hidden size is odd.
+    """
+    index: list[torch.Tensor] = []
+    sign: list[torch.Tensor] = []
+    start = 0
+
+    def append(places: torch.Tensor, signs: torch.Tensor) -> None:
+        nonlocal start
+        index.append(start + places.flatten())
+        sign.append(signs.flatten())
+        start += places.numel()
+
+    if isinstance(network, ActorNetwork):  # log_std, the first of its parameters
+        append(out[0], torch.ones_like(out[1]))
+    layers = [layer for layer in network.mlp if isinstance(layer, nn.Linear)]
+    before = obs
+    for layer in layers:
+        size = layer.out_features
+        if layer is layers[-1]:
+            after = out
+        elif size % 2:
+            raise ValueError(f"hidden size {size}: symmetric networks need even sizes")
+        else:
+            after = (torch.arange(size).roll(size // 2), torch.ones(size))
+        append(after[0][:, None] * layer.in_features + before[0], after[1][:, None] * before[1])
+        append(*after)
+        before = after
+    return torch.cat(index), torch.cat(sign)
+
+
+def project(vector: torch.Tensor, mirror: Mirror) -> torch.Tensor:
+    """The part of a vector that equals its own reflection."""
+    index, sign = mirror
+    return 0.5 * (vector + sign * vector[index])

@@ -1,0 +1,128 @@
+"""See a policy: as a video, or live in MuJoCo's viewer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.scene import Camera
+from kouros.files import replacing
+
+Policy = Callable[[torch.Tensor], torch.Tensor]
+Command = tuple[float, float, float]
+
+# vx, vy (m/s) and yaw rate (rad/s), equal parts of the video.
+TOUR: tuple[Command, ...] = (
+    (0.0, 0.0, 0.0),
+    (0.5, 0.0, 0.0),
+    (1.0, 0.0, 0.0),
+    (0.6, 0.0, 0.6),
+    (0.0, 0.3, 0.0),
+    (-0.4, 0.0, 0.0),
+    (0.0, 0.0, -0.6),
+    (0.0, 0.0, 0.0),
+)
+
+
+def write_video(
+    policy: Policy,
+    config: HumanoidEnvConfig,
+    path: Path,
+    command: Command | None = None,
+    seconds: float = 20.0,
+    size: tuple[int, int] = (640, 480),
+    fps: int = 25,
+    seed: int = 0,
+) -> None:
+    """Write an H.264 mp4 of one robot under the policy.
+
+    Args:
+      policy: observations to actions.
+      config: of its environment.
+      path: of the video.
+      command: held throughout; :data:`TOUR` if None.
+      seconds: length of the video.
+      size: width and height, pixels.
+      fps: pictures per second, rounded to a whole number of control steps.
+      seed: of the initial state.
+
+    Raises:
+      RuntimeError: this machine can draw nothing; the message says what to install.
+      ValueError: the size is more than the renderer has, or not even.
+    """
+    import imageio.v2 as imageio
+
+    if size[0] % 2 or size[1] % 2 or size[0] > 1280 or size[1] > 720:
+        raise ValueError(f"width x height = {size}: even numbers up to 1280 x 720")
+    robot = _Single(policy, config, seed)
+    camera = Camera(robot.env.simulation.model, robot.env.robot.base_body, *size)
+    dt = config.control_dt
+    every = max(1, round(1.0 / (fps * dt)))
+    steps = round(seconds / dt)
+    with (
+        replacing(path) as temporary,
+        imageio.get_writer(temporary, fps=1.0 / (every * dt), macro_block_size=2, quality=7) as video,
+    ):
+        for step in track(range(steps), f"writing {path}", transient=True):
+            robot.step(command or TOUR[step * len(TOUR) // steps])
+            if step % every == 0:
+                video.append_data(camera.picture(robot.env.simulation.data(0)))
+    camera.close()
+
+
+def open_viewer(
+    policy: Policy, config: HumanoidEnvConfig, command: Command | None = None, seed: int = 0
+) -> None:
+    """Show one robot under the policy in MuJoCo's viewer, in real time, until the window closes.
+
+    Raises:
+      RuntimeError: there is no display.
+    """
+    if os.name == "posix" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise RuntimeError("viewer: there is no display here; leave --viewer out to write a video")
+    import mujoco.viewer
+
+    robot = _Single(policy, config, seed)
+    sim = robot.env.simulation
+    data = sim.data(0)
+    with mujoco.viewer.launch_passive(sim.model, data) as viewer:
+        step = 0
+        start = time.monotonic()
+        while viewer.is_running():
+            robot.step(command or TOUR[int(step * config.control_dt / 3.0) % len(TOUR)])
+            step += 1
+            shown = sim.data(0)
+            data.qpos[:], data.qvel[:] = shown.qpos, shown.qvel
+            mujoco.mj_forward(sim.model, data)
+            viewer.sync()
+            time.sleep(max(0.0, start + step * config.control_dt - time.monotonic()))
+
+
+class _Single:
+    """One robot that obeys a command."""
+
+    def __init__(self, policy: Policy, config: HumanoidEnvConfig, seed: int) -> None:
+        config = dataclasses.replace(
+            config,
+            num_envs=1,
+            num_threads=1,
+            harness=0.0,
+            max_episode_length=10**9,
+            resampling_interval=1e6,
+        )
+        self.env = HumanoidBaseEnv(config)
+        self._policy = policy
+        self.env.reset(seed=seed)
+
+    @torch.no_grad()
+    def step(self, command: Command) -> None:
+        self.env.set_command(torch.tensor([command]))
+        self.env.step(self._policy(self.env.observe()))

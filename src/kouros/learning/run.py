@@ -1,0 +1,325 @@
+"""A training run: its folder, its log, its progress display and its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.contract import CONTRACT_VERSION, policy_contract
+from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.files import replacing, write_json
+from kouros.learning import checkpoint
+from kouros.learning.config import PPOConfig, TrainConfig
+from kouros.learning.networks import ActorNetwork
+from kouros.learning.ppo import PPOAgent
+from kouros.robots import get_robot
+
+# What the display shows: (title, key in the log, format).
+COLUMNS = (
+    ("iteration", "iteration", "{:.0f}"),
+    ("steps, M", "steps", "{:.2f}"),
+    ("reward", "reward/total", "{:.2f}"),
+    ("episode", "episode/length", "{:.0f}"),
+    ("velocity error, m/s", "task/velocity_error", "{:.2f}"),
+    ("yaw error, rad/s", "task/yaw_rate_error", "{:.2f}"),
+    ("harness", "task/harness", "{:.2f}"),
+    ("steps/s", "time/steps_per_second", "{:,.0f}"),
+    ("env / policy / learning, s", "time", "{}"),
+)
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Train until ``config.steps`` or ``config.minutes``, whichever comes first; Ctrl-C saves.
+
+    The run folder gets ``config.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoint.pt``
+    (to resume from), ``policy.pt`` (weights and configuration) and ``learning_curve.png``.
+
+    Returns:
+      The run folder.
+
+    Raises:
+      FileExistsError: the folder holds a run already.
+      FileNotFoundError, ValueError: the run to resume is missing, damaged or of another kind.
+    """
+    console = console or Console()
+    if config.resume:
+        config = resumed(config)
+    folder = config.run
+    assert folder
+    if not config.resume and (folder / "config.json").exists():
+        raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
+    env = HumanoidBaseEnv(config.env, config.device)
+    agent = PPOAgent(env, config.ppo, config.seed)
+    if config.resume:
+        agent.load_checkpoint(folder / "checkpoint.pt")
+    extra = {"env": dataclasses.asdict(config.env), "contract": policy_contract(env)}
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    console.print(f"{config.task} · {env.simulation} · run folder {folder}")
+
+    def save() -> None:
+        agent.save_checkpoint(folder / "checkpoint.pt", **extra)
+        checkpoint.save(folder / "policy.pt", {**extra, **agent.policy_state()})
+        logger.plot()
+
+    start = time.monotonic()
+    with RunLogger(folder, agent.iteration) as logger, _Display(config, console) as display:
+
+        def after_iteration(log: dict[str, float]) -> bool:
+            minutes = logger.minutes + (time.monotonic() - start) / 60.0
+            log |= {"iteration": agent.iteration, "steps": agent.total_steps / 1e6, "minutes": minutes}
+            logger.write(log)
+            display.show(log)
+            if agent.iteration % config.save_interval == 0:
+                save()
+            return interrupted() or agent.total_steps >= config.steps or minutes >= config.minutes
+
+        with _finish_iteration_on_interrupt() as interrupted:
+            remaining = max(0, math.ceil((config.steps - agent.total_steps) / agent.samples))
+            agent.train(remaining, after_iteration)
+            save()
+    if interrupted():
+        console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
+    return folder
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    """The configuration of the run ``config.resume``, with this call's ``steps`` and ``minutes``.
+
+    Raises:
+      FileNotFoundError: there is no run in that folder.
+    """
+    assert config.resume
+    folder = config.resume
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume={folder}: no config.json there; name the folder of a run")
+    saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return dataclasses.replace(
+        config,
+        task=saved["task"],
+        seed=saved["seed"],
+        env=from_plain(HumanoidEnvConfig, saved["env"]),
+        ppo=from_plain(PPOConfig, saved["ppo"]),
+    )
+
+
+def from_plain(cls: type, values: dict[str, Any]) -> Any:
+    """A configuration from plain data: JSON knows no tuples.
+
+    Raises:
+      ValueError: a field this version does not have.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**tuples)
+
+
+class RunLogger:
+    """``metrics.jsonl`` (one line an iteration), TensorBoard events and the learning curve.
+
+    Args:
+      folder: the run's.
+      iteration: what came after it in an interrupted run is forgotten, as the checkpoint did.
+    """
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        path = folder / "metrics.jsonl"
+        rows = read_metrics(path) if iteration else []
+        self.rows = [row for row in rows if row["iteration"] <= iteration]
+        self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = open(path, "a", encoding="utf-8")
+        purge = self.rows[-1]["iteration"] + 1 if self.rows else None
+        self._board = SummaryWriter(str(folder), purge_step=purge)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, log: dict[str, float]) -> None:
+        self.rows.append(log)
+        self._file.write(json.dumps(log) + "\n")
+        self._file.flush()
+        for key, value in log.items():
+            self._board.add_scalar(key, value, int(log["iteration"]))
+
+    def plot(self) -> None:
+        """``learning_curve.png`` of all rows so far."""
+        if self.rows:
+            plot_learning_curve(self.rows, self.folder / "learning_curve.png")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a ``metrics.jsonl``, without a last line that a crash cut short."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def plot_learning_curve(rows: list[dict[str, float]], path: Path) -> None:
+    """Episode length, tracking errors, reward terms and learning diagnostics over samples, as PNG."""
+    from matplotlib.figure import Figure
+
+    x = [row["steps"] for row in rows]
+
+    def draw(axes: Any, keys: list[str]) -> None:
+        for key in keys:
+            axes.plot(x, [row.get(key, math.nan) for row in rows], label=key.split("/")[-1], lw=1.2)
+        axes.set_xlabel("million control steps")
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend(fontsize=7, loc="best")
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    length, errors, rewards, learning = figure.subplots(2, 2).flat
+    draw(length, ["episode/length"])
+    length.set_title("length of finished episodes, control steps")
+    draw(errors, ["task/velocity_error", "task/yaw_rate_error", "task/harness"])
+    errors.set_title("tracking error with exploration noise (m/s, rad/s); harness")
+    terms = [k for k in rows[-1] if k.startswith("reward/") and k != "reward/mean"]
+    draw(rewards, sorted(terms, key=lambda k: -abs(rows[-1][k]))[:8])
+    rewards.set_title("reward per second, largest terms")
+    draw(learning, ["learning/approx_kl", "learning/clip_fraction", "learning/explained_variance", "learning/std"])
+    learning.set_title("learning")
+    figure.suptitle(f"{rows[-1]['minutes']:.1f} minutes, {x[-1]:.2f} M steps")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+class _Display:
+    """A live table and progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self._console = console
+        self._config = config
+        self._progress = Progress(
+            TextColumn("{task.percentage:>3.0f} %"),
+            BarColumn(None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("train", total=1.0)
+        self._live = Live(self._progress, console=console, refresh_per_second=4)
+        self._last_line = -math.inf
+
+    def __enter__(self) -> _Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, log: dict[str, float]) -> None:
+        cells = {title: self._cell(key, form, log) for title, key, form in COLUMNS}
+        share = max(log["steps"] * 1e6 / self._config.steps, log["minutes"] / self._config.minutes)
+        self._progress.update(self._task, completed=min(1.0, share))
+        if self._console.is_terminal:
+            table = Table(*cells, expand=True)
+            table.add_row(*cells.values())
+            self._live.update(Group(table, self._progress))
+        elif time.monotonic() - self._last_line > 10.0:
+            self._last_line = time.monotonic()
+            text = ", ".join(f"{title} {value}" for title, value in cells.items())
+            self._console.print(f"{100 * share:3.0f} % {text}", soft_wrap=True)
+
+    @staticmethod
+    def _cell(key: str, form: str, log: dict[str, float]) -> str:
+        if key == "time":
+            return " / ".join(f"{log[f'time/{part}']:.2f}" for part in ("env", "policy", "learning"))
+        return form.format(log[key]) if key in log else "-"
+
+
+@contextlib.contextmanager
+def _finish_iteration_on_interrupt() -> Iterator[Any]:
+    """Ctrl-C and SIGTERM end the run after the iteration in hand; a second one at once."""
+    received: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict[str, Any]]:
+    """A trained policy from a run folder, a ``.pt`` file or the name of a shipped one.
+
+    Returns:
+      The actor network (observations to mean actions), the configuration of its environment and its
+      contract.
+
+    Raises:
+      FileNotFoundError: nothing of that name.
+      ValueError: damaged, or of another version.
+    """
+    content = checkpoint.load(find_policy(path))
+    version = content["contract"]["contract_version"]
+    if version != CONTRACT_VERSION:
+        raise ValueError(
+            f"policy {path}: contract version {version}, this version reads {CONTRACT_VERSION}; "
+            "install the version of Kouros that wrote it"
+        )
+    ppo = from_plain(PPOConfig, content["ppo"])
+    weights = content["actor"]
+    actor = ActorNetwork(
+        len(weights["normalizer.mean"]),
+        len(weights["log_std"]),
+        ppo.actor_hidden,
+        ppo.activation,
+        ppo.layer_norm,
+    )
+    actor.load_state_dict(weights)
+    env_config = from_plain(HumanoidEnvConfig, content["env"])
+    get_robot(env_config.robot)
+    return actor.eval(), env_config, content["contract"]
+
+
+SHIPPED = Path(__file__).parent.parent / "policies"
+
+
+def find_policy(path: str | Path) -> Path:
+    """The file that a run folder, a file or the name of a shipped policy stands for."""
+    path = Path(path)
+    shipped = sorted(p.stem for p in SHIPPED.glob("*.pt"))
+    for candidate in (path, path / "policy.pt", SHIPPED / f"{path}.pt"):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"policy {path}: neither a run folder, nor a .pt file, nor a shipped policy ({', '.join(shipped)})"
+    )

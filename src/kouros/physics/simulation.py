@@ -1,0 +1,128 @@
+"""N worlds of one MuJoCo model, stepped together: the interface every engine has."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import mujoco
+import torch
+
+
+class Simulation(abc.ABC):
+    """N worlds of one model. Everything is a tensor whose first dimension is the world.
+
+    State tensors are live: a write is the world's state at its next call. Derived fields
+    (``sensordata``, ``xpos``, ...) are refreshed by :meth:`step` and :meth:`forward`; after
+    ``step`` they describe the state before the last substep, as with ``mj_step``.
+
+    A mask is a bool tensor ``(num_worlds,)``; None means every world. A call with a mask leaves
+    every other world untouched, bit for bit.
+
+    Attributes:
+      model: the compiled model. Read it; per-world changes go through :meth:`model_field`.
+      num_worlds: number of worlds.
+      device: where the tensors live.
+      dtype: floating type of the engine's tensors (float64 in MuJoCo C, float32 in MuJoCo Warp).
+      qpos: ``(num_worlds, nq)``. The free joint first: position (m, world frame) and quaternion.
+      qvel: ``(num_worlds, nv)``. The free joint first: linear velocity (world frame) and angular
+        velocity (body frame).
+      ctrl: ``(num_worlds, nu)``, in the actuators' units.
+      sensordata: ``(num_worlds, nsensordata)``; :meth:`sensor` gives one sensor's columns.
+    """
+
+    model: mujoco.MjModel
+    num_worlds: int
+    device: torch.device
+    dtype: torch.dtype
+    qpos: torch.Tensor
+    qvel: torch.Tensor
+    ctrl: torch.Tensor
+    sensordata: torch.Tensor
+
+    @abc.abstractmethod
+    def field(self, name: str) -> torch.Tensor:
+        """An ``MjData`` field by its MuJoCo name, ``(num_worlds, ...)``, live.
+
+        A derived field is filled from its first request on: at the next :meth:`step` or
+        :meth:`forward`.
+
+        Raises:
+          ValueError: the engine has no such field.
+        """
+
+    @abc.abstractmethod
+    def model_field(self, name: str) -> torch.Tensor:
+        """An ``MjModel`` field given a value per world, ``(num_worlds, ...)``, live and writable.
+
+        After writing one that MuJoCo derives constants from (masses, inertias, armature...), call
+        :meth:`set_const`.
+
+        Raises:
+          ValueError: the engine has no such field.
+        """
+
+    @abc.abstractmethod
+    def set_const(self, mask: torch.Tensor | None = None) -> None:
+        """Recompute the constants derived from model fields (``mj_setConst``)."""
+
+    @abc.abstractmethod
+    def step(self, n: int = 1) -> None:
+        """Advance every world by ``n`` timesteps with its present ``ctrl``."""
+
+    @abc.abstractmethod
+    def forward(self, mask: torch.Tensor | None = None) -> None:
+        """Compute derived fields from the present state (``mj_forward``)."""
+
+    @abc.abstractmethod
+    def reset(self, mask: torch.Tensor | None = None) -> None:
+        """Put whole state rows back to the model's defaults, solver warm start and forces included.
+
+        Derived fields follow at the next :meth:`forward` or :meth:`step`.
+        """
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of all that the future of the worlds depends on."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore :meth:`state_dict`; the worlds then go on bit for bit as they would have.
+
+        Raises:
+          ValueError: the state is of another number of worlds or another model.
+        """
+
+    @abc.abstractmethod
+    def data(self, world: int) -> mujoco.MjData:
+        """One world as a forwarded ``MjData``, to render or to pass to any MuJoCo function."""
+
+    def sensor(self, name: str) -> torch.Tensor:
+        """One sensor's columns of ``sensordata``, ``(num_worlds, dim)``, live.
+
+        Raises:
+          KeyError: no such sensor; the message lists those there are.
+        """
+        sensor = self.model.sensor(name)
+        start = int(sensor.adr[0])
+        return self.sensordata[:, start : start + int(sensor.dim[0])]
+
+    def __repr__(self) -> str:
+        names = self.model.names[: self.model.names.index(b"\0")].decode() or "model"
+        return f"{type(self).__name__}({names!r}, num_worlds={self.num_worlds}, device={self.device})"
+
+
+def make_simulation(
+    model: mujoco.MjModel, num_worlds: int, device: str | torch.device = "cpu", **options: Any
+) -> Simulation:
+    """The engine for that device: MuJoCo C on the CPU.
+
+    Raises:
+      ValueError: no engine for the device, or a bad number of worlds.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        from kouros.physics.cpu import CpuSimulation
+
+        return CpuSimulation(model, num_worlds, **options)
+    raise ValueError(f"device={str(device)!r}: this version simulates on device='cpu' only")

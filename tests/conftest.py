@@ -1,0 +1,30 @@
+"""What several tests use."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MUJOCO_GL", "")
+
+import pytest
+import torch
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.robots import get_robot
+from kouros.robots.robot import Robot
+
+
+@pytest.fixture(scope="session")
+def robot() -> Robot:
+    return get_robot("g1")
+
+
+def make_env(num_envs: int = 8, seed: int = 0, **config: object) -> HumanoidBaseEnv:
+    env = HumanoidBaseEnv(HumanoidEnvConfig(num_envs=num_envs, **config))  # type: ignore[arg-type]
+    env.reset(seed=seed)
+    return env
+
+
+def random_actions(env: HumanoidBaseEnv, generator: torch.Generator, scale: float = 0.5):
+    return scale * torch.randn(env.action_space.shape, generator=generator)

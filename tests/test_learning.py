@@ -1,0 +1,412 @@
+"""The learner against slow oracles: NumPy, SciPy, finite differences, and a bandit with a known answer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import make_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kouros.learning import checkpoint
+from kouros.learning.config import PPOConfig
+from kouros.learning.networks import (
+    LOG_STD_RANGE,
+    ActorNetwork,
+    CriticNetwork,
+    Normalizer,
+    entropy,
+    log_prob,
+    project,
+    reflection,
+)
+from kouros.learning.ppo import PPOAgent, compute_gae
+
+SMALL = PPOConfig(
+    horizon=8, epochs=2, minibatches=2, actor_hidden=(16, 8), critic_hidden=(16, 8)
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.floats(0.5, 1.0), st.floats(0.0, 1.0))
+def test_gae_equals_the_sum_it_stands_for(seed: int, gamma: float, lam: float) -> None:
+    """A_t = sum_k (gamma lambda)^k delta_{t+k}, over the rest of its own episode."""
+    rng = np.random.default_rng(seed)
+    steps, worlds = 12, 3
+    r, v, nv = rng.normal(size=(3, steps, worlds))
+    done = rng.random((steps, worlds)) < 0.25
+    terminated = done & (rng.random((steps, worlds)) < 0.5)
+    found = compute_gae(*(torch.tensor(x) for x in (r, v, nv, terminated, done)), gamma, lam)
+    for t in range(steps):
+        for w in range(worlds):
+            total, weight = 0.0, 1.0
+            for k in range(t, steps):
+                total += weight * (r[k, w] + gamma * nv[k, w] * (not terminated[k, w]) - v[k, w])
+                weight *= gamma * lam
+                if done[k, w]:
+                    break
+            assert found[t, w].item() == pytest.approx(total, abs=1e-9)
+
+
+@given(st.integers(0, 10**6))
+def test_log_prob_and_entropy_equal_scipys(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mean, action = rng.normal(size=(2, 4, 5))
+    log_std = rng.normal(size=5) * 0.5
+    normal = scipy.stats.norm(mean, np.exp(log_std))
+    found = log_prob(*(torch.tensor(x) for x in (action, mean, log_std)))
+    np.testing.assert_allclose(found, normal.logpdf(action).sum(-1), atol=1e-9)
+    np.testing.assert_allclose(entropy(torch.tensor(log_std)), normal.entropy().sum(-1)[0], atol=1e-9)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_normalizer_equals_numpy_over_all_seen_data(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batches = [rng.normal(3.0, 5.0, size=(n, 4)).astype(np.float32) for n in sizes]
+    normalizer = Normalizer(4)
+    for batch in batches:
+        normalizer.update(torch.from_numpy(batch))
+    data = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(normalizer.mean, data.mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(normalizer.variance, data.var(0), rtol=1e-3, atol=1e-4)
+    x = torch.from_numpy(batches[0])
+    expected = (batches[0] - data.mean(0)) / np.sqrt(data.var(0) + 1e-5)
+    np.testing.assert_allclose(normalizer(x), expected.clip(-10, 10), rtol=1e-2, atol=1e-3)
+
+
+def test_normalizer_refuses_what_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"\(8, 1\): expected \(n, 4\)"):
+        Normalizer(4).update(torch.zeros(8, 1))
+
+
+def test_std_bounds_are_fixed() -> None:
+    actor = ActorNetwork(3, 2)
+    assert {name for name, _ in actor.named_parameters() if "std" in name} == {"log_std"}
+    with torch.no_grad():
+        actor.log_std[:] = torch.tensor([-50.0, 50.0])
+    assert actor.bounded_log_std().tolist() == pytest.approx(list(LOG_STD_RANGE))
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])
+def test_network_shapes(activation: str, layer_norm: bool) -> None:
+    actor = ActorNetwork(5, 3, (8, 4), activation, layer_norm)
+    critic = CriticNetwork(7, (8,), activation, layer_norm)
+    assert actor(torch.randn(6, 5)).shape == (6, 3)
+    assert critic(torch.randn(6, 7)).shape == (6,)
+
+
+def random_reflection(size: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any signed permutation that is its own inverse."""
+    order = rng.permutation(size)
+    index = np.arange(size)
+    for a, b in order[: size // 2 * 2].reshape(-1, 2)[: size // 3]:
+        index[a], index[b] = b, a
+    sign = rng.choice([-1.0, 1.0], size)
+    sign = np.where(index < np.arange(size), sign[index], sign)
+    return torch.tensor(index), torch.tensor(sign, dtype=torch.float32)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10**6), st.booleans())
+def test_projected_parameters_make_a_mirror_symmetric_network(seed: int, layer_norm: bool) -> None:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    obs, action = random_reflection(7, rng), random_reflection(5, rng)
+    network = ActorNetwork(7, 5, (8, 6), layer_norm=layer_norm)
+    mirror = reflection(network, obs, action)
+    parameters = list(network.parameters())
+    flat = torch.nn.utils.parameters_to_vector(parameters).detach()
+    projected = project(flat + 0.1 * torch.randn_like(flat), mirror)
+    torch.nn.utils.vector_to_parameters(projected, parameters)
+    assert torch.equal(project(projected, mirror), projected)
+    x = torch.randn(9, 7)
+    image = obs[1] * x[:, obs[0]]
+    expected = action[1] * network(x)[:, action[0]]
+    torch.testing.assert_close(network(image), expected, atol=1e-5, rtol=1e-4)
+    std = network.bounded_log_std()
+    assert torch.equal(std, std[action[0]])
+
+
+class Target(VectorEnv):
+    """A bandit: the reward of an action is minus its squared distance from 0.5 x observation."""
+
+    def __init__(self, num_envs: int = 64, limit: float = 10.0) -> None:
+        self.num_envs = num_envs
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = gymnasium.spaces.Box(-2, 2, (2,), np.float32)
+        self.single_action_space = gymnasium.spaces.Box(-limit, limit, (2,), np.float32)
+        self._rng = np.random.default_rng(0)
+        self.largest_action = 0.0
+
+    def _observe(self) -> np.ndarray:
+        self._obs = self._rng.uniform(-1, 1, (self.num_envs, 2)).astype(np.float32)
+        return self._obs
+
+    def reset(self, *, seed=None, options=None):
+        return self._observe(), {}
+
+    def step(self, actions):
+        assert isinstance(actions, np.ndarray)
+        self.largest_action = max(self.largest_action, np.abs(actions).max())
+        rewards = -((actions - 0.5 * self._obs) ** 2).sum(-1)
+        done = np.ones(self.num_envs, dtype=bool)
+        last = self._obs
+        return self._observe(), rewards, done, ~done, {"final_obs": list(last), "_final_obs": done}
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_ppo_finds_a_known_optimum(squash: bool) -> None:
+    env = Target(limit=1.0 if squash else 10.0)
+    config = dataclasses.replace(
+        SMALL, learning_rate=3e-3, entropy_weight=0.0, squash=squash, initial_std=0.5
+    )
+    agent = PPOAgent(env, config)
+    logs: list[dict[str, float]] = []
+    agent.train(100, lambda log: logs.append(log))
+    obs = torch.tensor([[0.8, -0.6], [-0.2, 0.4]])
+    torch.testing.assert_close(agent.act(obs), 0.5 * obs, atol=0.08, rtol=0)
+    assert logs[-1]["learning/explained_variance"] <= 1.0
+    assert {"learning/approx_kl", "learning/clip_fraction", "learning/entropy"} <= set(logs[-1])
+
+
+def test_stored_actions_are_the_drawn_ones() -> None:
+    """The environment sees clipped actions; the buffer keeps what the log-probability belongs to."""
+    env = Target(limit=0.1)
+    agent = PPOAgent(env, dataclasses.replace(SMALL, initial_std=1.0))
+    rollout, _ = agent.collect_rollouts()
+    assert env.largest_action <= np.float32(0.1)
+    assert rollout.actions.abs().max() > 1.0
+    with torch.no_grad():
+        expected = log_prob(rollout.actions, agent.actor(rollout.obs), agent.actor.bounded_log_std())
+    torch.testing.assert_close(rollout.log_probs, expected)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_rollout_never_crosses_an_episode(mode: AutoresetMode) -> None:
+    """Pendulum's clock is in the observation here: what follows a step is one tick later."""
+
+    class Clock(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+        def __init__(self, length: int) -> None:
+            self.length, self.t = length, 0
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.t = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.full(1, self.t, np.float32), 1.0, False, self.t >= self.length, {}
+
+    env = SyncVectorEnv([lambda n=n: Clock(n) for n in (3, 5)], autoreset_mode=mode)
+    agent = PPOAgent(env, dataclasses.replace(SMALL, horizon=20))
+    rollout, _ = agent.collect_rollouts()
+    ticks = (rollout.next_critic_obs - rollout.critic_obs).squeeze(-1)
+    assert (ticks[rollout.valid] == 1.0).all()
+    assert rollout.done.any()
+    assert not rollout.terminated.any()
+    assert rollout.valid.all() == (mode == AutoresetMode.SAME_STEP)
+    agent.update(rollout)
+    assert agent.evaluate(4)["length"] == 4.0
+
+
+def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
+    """The step that descends on the loss is along minus its numerical gradient."""
+    env = Target()
+    agent = PPOAgent(env, SMALL)
+    rollout, _ = agent.collect_rollouts()
+    batch = {
+        "obs": rollout.obs.flatten(0, 1).double(),
+        "actions": rollout.actions.flatten(0, 1).double(),
+        "log_probs": rollout.log_probs.flatten().double() + 0.1,
+        "advantages": torch.randn(512, dtype=torch.float64),
+    }
+    agent.actor.double()
+    weight = agent.actor.mlp[0].weight
+
+    def loss() -> torch.Tensor:
+        a = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
+        log_std = agent.actor.bounded_log_std()
+        ratio = (log_prob(batch["actions"], agent.actor(batch["obs"]), log_std) - batch["log_probs"]).exp()
+        pulled = torch.min(a * ratio, a * ratio.clip(1 - SMALL.clip, 1 + SMALL.clip)).mean()
+        return -pulled - SMALL.entropy_weight * entropy(log_std)
+
+    with torch.no_grad():
+        step = 1e-6
+        numerical = []
+        for i, j in ((0, 0), (3, 1), (7, 0)):
+            weight[i, j] += step
+            up = loss()
+            weight[i, j] -= 2 * step
+            numerical.append(((up - loss()) / (2 * step)).item())
+            weight[i, j] += step
+
+    learner = agent._actor_learner
+    seen: list[torch.Tensor] = []
+
+    def keep(total: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.autograd.grad(total, weight)[0])
+        return torch.zeros(())
+
+    learner.descend = keep  # type: ignore[method-assign]
+    agent._update_actor(batch, [torch.arange(512)])
+    assert numerical == pytest.approx([seen[0][i].item() for i in ((0, 0), (3, 1), (7, 0))], rel=1e-4, abs=1e-8)
+
+
+def test_a_bad_gradient_is_skipped_and_counted() -> None:
+    agent = PPOAgent(Target(), SMALL)
+    rollout, _ = agent.collect_rollouts()
+    before = [p.clone() for p in agent.critic.parameters()]
+    rollout.rewards[0, 0] = float("inf")
+    log = agent.update(rollout)
+    assert log["learning/skipped_updates"] > 0
+    for p, old in zip(agent.critic.parameters(), before, strict=True):
+        assert torch.isfinite(p).all()
+        assert torch.isfinite(old).all()
+
+
+def state_bytes(agent: PPOAgent) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(item)
+
+    for part in (
+        agent.actor.state_dict(),
+        agent.critic.state_dict(),
+        agent._actor_learner.optimizer.state_dict(),
+        agent._critic_learner.optimizer.state_dict(),
+        agent._generator.get_state(),
+        agent.env.state_dict(),
+        [agent._obs, agent._critic_obs],
+    ):
+        walk(part)
+    return found
+
+
+def test_n_plus_n_equals_2n_bit_for_bit(tmp_path) -> None:
+    """4 iterations at once, and 2, a checkpoint, a new process's worth of objects, 2 more."""
+    def agent(seed: int) -> PPOAgent:
+        return PPOAgent(make_env(8, max_episode_length=20), SMALL, seed=seed)
+
+    whole = agent(1)
+    logs: list[dict[str, float]] = []
+    whole.train(4, lambda log: logs.append(log))
+    first = agent(1)
+    first.train(2)
+    first.save_checkpoint(tmp_path / "c.pt", note="plain data")
+    second = agent(7)
+    second.load_checkpoint(tmp_path / "c.pt")
+    again: list[dict[str, float]] = []
+    second.train(2, lambda log: again.append(log))
+    assert (second.iteration, second.total_steps, second.seed) == (4, whole.total_steps, 1)
+    for a, b in zip(state_bytes(whole), state_bytes(second), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(logs[2:], again, strict=True):
+        assert {k: v for k, v in a.items() if "time/" not in k} == {
+            k: v for k, v in b.items() if "time/" not in k
+        }
+
+
+def test_symmetric_networks_stay_symmetric_through_training() -> None:
+    env = make_env(8)
+    agent = PPOAgent(env, SMALL)
+    agent.train(4)
+    obs, info = env.reset(seed=3)
+    for network, x, out, key in (
+        (agent.actor, obs, env.mirror["action"], "obs"),
+        (agent.critic, info["critic_obs"], None, "critic_obs"),
+    ):
+        index, sign = env.mirror[key]
+        with torch.no_grad():
+            value, image = network(x), network(sign * x[:, index])
+        expected = out[1] * value[:, out[0]] if out else value
+        torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-4)
+        flat = torch.nn.utils.parameters_to_vector(network.parameters())
+        learner = agent._actor_learner if key == "obs" else agent._critic_learner
+        assert learner.mirror
+        assert torch.equal(project(flat, learner.mirror), flat)
+
+
+class TestBadInput:
+    def test_spaces(self) -> None:
+        env = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")])
+        with pytest.raises(TypeError, match="action space Discrete"):
+            PPOAgent(env, SMALL)
+
+    def test_minibatches(self) -> None:
+        with pytest.raises(ValueError, match=r"minibatches=5: must divide .* 8 x 64 = 512"):
+            PPOAgent(Target(), dataclasses.replace(SMALL, minibatches=5))
+
+    def test_squash_needs_bounds(self) -> None:
+        with pytest.raises(ValueError, match="no bounds"):
+            PPOAgent(Target(limit=np.inf), dataclasses.replace(SMALL, squash=True))
+
+    def test_odd_hidden_size(self) -> None:
+        with pytest.raises(ValueError, match="hidden size 15"):
+            PPOAgent(make_env(8), dataclasses.replace(SMALL, actor_hidden=(15,)))
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"gamma": 1.1}, "gamma=1.1"),
+        ({"entropy_weight": -1.0}, "entropy_weight=-1.0"),
+        ({"actor_hidden": (0,)}, "actor_hidden"),
+        ({"activation": "gelu"}, "activation='gelu'"),
+    ])
+    def test_configuration(self, changes: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            PPOConfig(**changes)
+
+    def test_checkpoints(self, tmp_path) -> None:
+        agent = PPOAgent(make_env(8), SMALL)
+        path = tmp_path / "c.pt"
+        with pytest.raises(FileNotFoundError, match=r"c\.pt: no such file"):
+            agent.load_checkpoint(path)
+        path.write_bytes(b"PK\x03\x04 not a checkpoint")
+        with pytest.raises(ValueError, match="damaged"):
+            agent.load_checkpoint(path)
+        torch.save({"a": torch.zeros(1)}, path)
+        with pytest.raises(ValueError, match="not written by Kouros"):
+            agent.load_checkpoint(path)
+        torch.save({"kouros_format": 99}, path)
+        with pytest.raises(ValueError, match="format 99"):
+            agent.load_checkpoint(path)
+        checkpoint.save(path, agent.policy_state())
+        with pytest.raises(ValueError, match="holds a policy only"):
+            agent.load_checkpoint(path)
+        agent.train(1)
+        agent.save_checkpoint(path)
+        other = PPOAgent(make_env(8), dataclasses.replace(SMALL, actor_hidden=(32,)))
+        with pytest.raises(ValueError, match=r"actor_hidden=\(16, 8\) there, \(32,\) here"):
+            other.load_checkpoint(path)
+        with pytest.raises(ValueError, match="num_envs"):
+            PPOAgent(make_env(4), SMALL).load_checkpoint(path)
+
+    def test_a_pickle_is_not_run(self, tmp_path) -> None:
+        """Loading a stranger's file executes nothing."""
+        class Evil:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "owned"), "w"))
+
+        torch.save({"kouros_format": 1, "x": Evil()}, tmp_path / "evil.pt")
+        with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
+            checkpoint.load(tmp_path / "evil.pt")
+        assert not (tmp_path / "owned").exists()

@@ -1,0 +1,258 @@
+"""Runs, files and the command line, on short runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.contract import policy_contract, record_policy
+from kouros.files import replacing, write_json
+from kouros.learning import checkpoint
+from kouros.learning.config import PPOConfig, TrainConfig
+from kouros.learning.run import SHIPPED, load_policy, read_metrics, train
+
+TINY = [
+    "--env.num-envs=8",
+    "--ppo.horizon=8",
+    "--ppo.minibatches=2",
+    "--ppo.actor-hidden=16",
+    "--ppo.critic-hidden=16",
+]
+
+
+def tiny(run: Path, steps: int, **changes: object) -> TrainConfig:
+    env = HumanoidEnvConfig(num_envs=8)
+    ppo = PPOConfig(horizon=8, minibatches=2, actor_hidden=(16,), critic_hidden=(16,))
+    return TrainConfig(**{"run": run, "steps": steps, "env": env, "ppo": ppo, **changes})  # type: ignore[arg-type]
+
+
+def kouros(*args: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kouros.cli", *args], capture_output=True, text=True, **options
+    )
+
+
+class TestFiles:
+    def test_all_or_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "folder" / "a.json"
+        write_json(path, {"a": 1})
+        with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+            temporary.write_text("half")
+            _ = 1 / 0
+        assert json.loads(path.read_text()) == {"a": 1}
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_full_disk_is_said_and_harms_nothing(self, tmp_path: Path) -> None:
+        """A file size limit stands for the full disk: the operating system refuses the write."""
+        path = tmp_path / "c.pt"
+        checkpoint.save(path, {"x": torch.zeros(10)})
+        code = f"""
+import resource, signal, torch
+from kouros.learning import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    checkpoint.save({str(path)!r}, {{"x": torch.zeros(100_000)}})
+except OSError as error:
+    print(error)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert re.search(r"could not write .*c\.pt.*MB are free", done.stdout), done.stderr
+        assert checkpoint.load(path)["x"].shape == (10,)
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestRun:
+    def test_folder_resume_and_exactness(self, tmp_path: Path) -> None:
+        """A run of 6 iterations equals 3 and a resume; its log has every iteration once."""
+        whole = train(tiny(tmp_path / "whole", 6 * 64))
+        parts = train(tiny(tmp_path / "parts", 3 * 64))
+        train(TrainConfig(resume=parts, steps=6 * 64))
+        a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
+        for key, value in a["actor"].items():
+            assert torch.equal(value, b["actor"][key])
+        assert torch.equal(a["resume"]["obs"], b["resume"]["obs"])
+        rows = read_metrics(parts / "metrics.jsonl")
+        assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        for name in ("config.json", "policy.pt", "learning_curve.png"):
+            assert (parts / name).stat().st_size > 500
+        assert list(parts.glob("events.out.tfevents*"))
+        actor, config, contract = load_policy(parts)
+        assert actor(torch.zeros(1, 98)).shape == (1, 29)
+        assert config.num_envs == 8
+        assert contract["robot"] == "g1"
+
+    def test_log_after_the_checkpoint_is_forgotten(self, tmp_path: Path) -> None:
+        folder = train(tiny(tmp_path / "run", 2 * 64))
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"iteration": 3, "steps": 0, "minutes": 0}\n{"iteration": 4, "st')
+        train(TrainConfig(resume=folder, steps=3 * 64))
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert [row["iteration"] for row in rows] == [1, 2, 3]
+        assert rows[-1]["steps"] > 0
+
+    def test_ctrl_c_saves(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kouros.cli", "train", "--run", str(folder), *TINY],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and len(read_metrics(folder / "metrics.jsonl")) < 3:
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=90)
+        assert process.returncode == 0, out
+        assert "kouros train --resume" in out
+        content = checkpoint.load(folder / "checkpoint.pt")
+        assert content["resume"]["iteration"] == read_metrics(folder / "metrics.jsonl")[-1]["iteration"]
+        assert (folder / "policy.onnx").exists()
+
+    def test_a_run_is_not_overwritten(self, tmp_path: Path) -> None:
+        folder = train(tiny(tmp_path / "run", 64))
+        with pytest.raises(FileExistsError, match="--resume"):
+            train(tiny(folder, 64))
+
+    @pytest.mark.parametrize(("make", "error", "message"), [
+        (lambda p: TrainConfig(task="run"), ValueError, "task='run'.*walk"),
+        (lambda p: TrainConfig(steps=0), ValueError, "steps=0"),
+        (lambda p: TrainConfig(resume=p, run=p / 'other'), ValueError, "leave --run out"),
+        (lambda p: train(TrainConfig(resume=p)), FileNotFoundError, r"no config\.json"),
+        (lambda p: load_policy(p / "x"), FileNotFoundError, "neither a run folder"),
+    ])
+    def test_bad_input(self, tmp_path: Path, make, error: type, message: str) -> None:
+        with pytest.raises(error, match=message):
+            make(tmp_path)
+
+    def test_policy_of_another_contract_or_version(self, tmp_path: Path) -> None:
+        folder = train(tiny(tmp_path / "run", 64))
+        content = checkpoint.load(folder / "policy.pt")
+        for changes, message in (
+            ({"contract": {**content["contract"], "contract_version": 99}}, "contract version 99"),
+            ({"env": {**content["env"], "gravity": 1.0}}, "unknown field gravity"),
+            ({"env": {**content["env"], "robot": "h1"}}, "robot='h1'"),
+        ):
+            checkpoint.save(tmp_path / "changed.pt", {**content, **changes})
+            with pytest.raises(ValueError, match=message):
+                load_policy(tmp_path / "changed.pt")
+
+
+class TestExport:
+    def test_the_file_is_the_policy_alone(self, tmp_path: Path) -> None:
+        """A loop that knows only the file and named sensors repeats the environment's targets."""
+        import onnx
+        import onnxruntime
+        from conftest import make_env
+
+        from kouros.deploy.export import OnnxExporter
+        from kouros.envs.contract import policy_sensors
+
+        folder = train(tiny(tmp_path / "run", 2 * 64))
+        actor, config, contract = load_policy(folder)
+        path = tmp_path / "policy.onnx"
+        difference = OnnxExporter(actor, contract).export(path, record_policy(actor, config))
+        assert difference <= 1e-5
+
+        meta = {p.key: p.value for p in onnx.load(path).metadata_props}
+        found = json.loads(meta["kouros"])
+        env = make_env(2)
+        assert found == json.loads(json.dumps(policy_contract(env)))
+        session = onnxruntime.InferenceSession(path)
+        state = np.zeros((2, 31), np.float32)
+        env.phase[:], env.coast[:] = 0.0, 0.0
+        for _ in range(20):
+            sensors = {k: v.numpy() for k, v in policy_sensors(env).items()}
+            targets, state = session.run(None, {**sensors, "state": state})
+            with torch.no_grad():
+                env.step(actor(env.observe()))
+            np.testing.assert_allclose(targets, env.simulation.ctrl, atol=1e-5)
+
+    def test_a_file_that_differs_is_not_written(self, tmp_path: Path) -> None:
+        from kouros.deploy.export import OnnxExporter
+
+        folder = train(tiny(tmp_path / "run", 64))
+        actor, config, contract = load_policy(folder)
+        recording = record_policy(actor, config)
+        recording["joint_targets"][500, 3] += 1e-3
+        with pytest.raises(RuntimeError, match="differs from the trained one by 0.001"):
+            OnnxExporter(actor, contract).export(tmp_path / "policy.onnx", recording)
+        assert not (tmp_path / "policy.onnx").exists()
+
+    def test_what_a_robot_cannot_measure_is_refused(self) -> None:
+        from conftest import make_env
+
+        from kouros.deploy.export import PolicyGraph
+
+        contract = policy_contract(make_env(1, actor_observations=("base_lin_vel",)))
+        with pytest.raises(ValueError, match="actor_observations='base_lin_vel'"):
+            PolicyGraph(torch.nn.Linear(3, 29), contract)
+
+
+class TestCommandLine:
+    def test_help_names_every_field_with_its_default(self) -> None:
+        text = kouros("train", "--help").stdout
+        for flag in ("--steps", "--resume", "--env.num-envs", "--ppo.learning-rate", "--env.rewards.pose"):
+            assert flag in text
+        assert "(default: 256)" in text
+
+    def test_help_imports_nothing_heavy(self) -> None:
+        code = (
+            "import sys, kouros.cli\n"
+            "try: kouros.cli.main(['--help'])\n"
+            "except SystemExit: pass\n"
+            "print([m for m in ('torch', 'mujoco', 'numpy', 'matplotlib') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.endswith("[]\n"), done.stdout
+
+    def test_errors_are_one_line(self, tmp_path: Path) -> None:
+        done = kouros("eval", "nothing-there", cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("kouros: policy nothing-there: neither a run folder")
+        assert "Traceback" not in done.stderr
+
+    def test_eval_play_and_export_work_on_the_shipped_policy(self, tmp_path: Path) -> None:
+        env = {**os.environ, "COLUMNS": "120"}
+        done = kouros("eval", "--episodes=4", "--seconds=3", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((tmp_path / "eval.json").read_text())
+        assert result["survival"] == 1.0
+        assert "velocity error" in done.stdout
+        done = kouros("export", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "policy.onnx").stat().st_size < 2e6
+        done = kouros("play", "--seconds=0.4", "--width=320", "--height=240", cwd=tmp_path)
+        if done.returncode:
+            assert "apt install" in done.stderr
+        else:
+            assert (tmp_path / "walk.mp4").stat().st_size > 1000
+
+    def test_doctor(self) -> None:
+        done = kouros("doctor")
+        assert done.returncode == 0
+        assert "MuJoCo" in done.stdout
+
+    def test_bench(self, tmp_path: Path) -> None:
+        done = kouros("bench", "--worlds=8", "--seconds=0.2", f"--output={tmp_path / 'b.json'}")
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads((tmp_path / "b.json").read_text())
+        assert 0 < row["env / physics"] <= 1.5
+        assert row["worlds"] == 8
+
+
+def test_shipped_policies_are_small() -> None:
+    assert (SHIPPED / "walk.pt").is_file()
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) <= 2e6
