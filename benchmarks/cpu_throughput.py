@@ -10,6 +10,7 @@ alike; a ratio is the median over the turns.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 
 import numpy as np
@@ -36,9 +37,7 @@ class Config:
 def envpool_steps(worlds: int, steps: int, threads: int):
     import envpool
 
-    env = envpool.make_gymnasium(
-        "G1JoystickFlatTerrain-v1", num_envs=worlds, num_threads=threads, seed=0
-    )
+    env = envpool.make_gymnasium("G1JoystickFlatTerrain-v1", num_envs=worlds, num_threads=threads, seed=0)
     env.reset()
     rng = np.random.default_rng(0)
     shape = (worlds, *env.action_space.shape)
@@ -53,7 +52,7 @@ def envpool_steps(worlds: int, steps: int, threads: int):
 def main(config: Config) -> None:
     bench = Bench(HumanoidEnvConfig(num_envs=config.worlds))
     result = bench.measure(config.seconds)
-    peer = envpool_steps(config.worlds, bench.horizon, bench.threads)
+    peer = envpool_steps(config.worlds, bench.horizon, os.cpu_count() or 1)
     times = interleaved({"env": bench.env_steps, "envpool": peer}, config.seconds)
     samples = bench.horizon * config.worlds
     result["envpool"] = samples / statistics.median(times["envpool"])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import make_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_env
 from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig
 from kouros.learning.networks import (
@@ -28,9 +28,7 @@ from kouros.learning.networks import (
 )
 from kouros.learning.ppo import PPOAgent, compute_gae
 
-SMALL = PPOConfig(
-    horizon=8, epochs=2, minibatches=2, actor_hidden=(16, 8), critic_hidden=(16, 8)
-)
+SMALL = PPOConfig(horizon=8, epochs=2, minibatches=2, actor_hidden=(16, 8), critic_hidden=(16, 8))
 
 
 @settings(deadline=None, max_examples=30)
@@ -261,7 +259,9 @@ def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
 
     learner.descend = keep  # type: ignore[method-assign]
     agent._update_actor(batch, [torch.arange(512)])
-    assert numerical == pytest.approx([seen[0][i].item() for i in ((0, 0), (3, 1), (7, 0))], rel=1e-4, abs=1e-8)
+    assert numerical == pytest.approx(
+        [seen[0][i].item() for i in ((0, 0), (3, 1), (7, 0))], rel=1e-4, abs=1e-8
+    )
 
 
 def test_a_bad_gradient_is_skipped_and_counted() -> None:
@@ -296,7 +296,7 @@ def state_bytes(agent: PPOAgent) -> list[torch.Tensor]:
         agent._critic_learner.optimizer.state_dict(),
         agent._generator.get_state(),
         agent.env.state_dict(),
-        [agent._obs, agent._critic_obs],
+        agent._now,
     ):
         walk(part)
     return found
@@ -304,6 +304,7 @@ def state_bytes(agent: PPOAgent) -> list[torch.Tensor]:
 
 def test_n_plus_n_equals_2n_bit_for_bit(tmp_path) -> None:
     """4 iterations at once, and 2, a checkpoint, a new process's worth of objects, 2 more."""
+
     def agent(seed: int) -> PPOAgent:
         return PPOAgent(make_env(8, max_episode_length=20), SMALL, seed=seed)
 
@@ -364,13 +365,16 @@ class TestBadInput:
         with pytest.raises(ValueError, match="hidden size 15"):
             PPOAgent(make_env(8), dataclasses.replace(SMALL, actor_hidden=(15,)))
 
-    @pytest.mark.parametrize(("changes", "message"), [
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"gamma": 1.1}, "gamma=1.1"),
-        ({"entropy_weight": -1.0}, "entropy_weight=-1.0"),
-        ({"actor_hidden": (0,)}, "actor_hidden"),
-        ({"activation": "gelu"}, "activation='gelu'"),
-    ])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"learning_rate": 0.0}, "learning_rate=0.0"),
+            ({"gamma": 1.1}, "gamma=1.1"),
+            ({"entropy_weight": -1.0}, "entropy_weight=-1.0"),
+            ({"actor_hidden": (0,)}, "actor_hidden"),
+            ({"activation": "gelu"}, "activation='gelu'"),
+        ],
+    )
     def test_configuration(self, changes: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             PPOConfig(**changes)
@@ -402,6 +406,7 @@ class TestBadInput:
 
     def test_a_pickle_is_not_run(self, tmp_path) -> None:
         """Loading a stranger's file executes nothing."""
+
         class Evil:
             def __reduce__(self):
                 return (open, (str(tmp_path / "owned"), "w"))

@@ -62,7 +62,10 @@ def test_model_has_the_figures(robot: Robot) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-9)
         if "joint" not in figures:
             continue
-        joint, actuator = model.joint(figures["joint"]["name"]), model.actuator(figures["joint"]["name"])
+        joint, actuator = (
+            model.joint(figures["joint"]["name"]),
+            model.actuator(figures["joint"]["name"]),
+        )
         np.testing.assert_allclose(joint.axis, figures["joint"]["axis"])
         np.testing.assert_allclose(joint.range, figures["joint"]["range"])
         assert model.dof_armature[joint.dofadr[0]] == figures["joint"]["armature"]
@@ -147,7 +150,11 @@ def test_collision_switch(robot: Robot) -> None:
 
     # A forearm folded into the chest is a self-collision, with the switch only.
     folded = default.copy()
-    for name, angle in (("left_shoulder_yaw", -1.5), ("left_elbow", -0.9), ("left_shoulder_roll", -0.3)):
+    for name, angle in (
+        ("left_shoulder_yaw", -1.5),
+        ("left_elbow", -0.9),
+        ("left_shoulder_roll", -0.3),
+    ):
         folded[robot.joint_names.index(f"{name}_joint")] = angle
     assert drop(robot, "feet", folded, 1.0).ncon == 0
     assert drop(robot, "full", folded, 1.0).ncon > 0

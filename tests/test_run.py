@@ -82,7 +82,7 @@ class TestRun:
         a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
         for key, value in a["actor"].items():
             assert torch.equal(value, b["actor"][key])
-        assert torch.equal(a["resume"]["obs"], b["resume"]["obs"])
+        assert torch.equal(a["resume"]["now"]["obs"], b["resume"]["now"]["obs"])
         rows = read_metrics(parts / "metrics.jsonl")
         assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
         for name in ("config.json", "policy.pt", "learning_curve.png"):
@@ -126,13 +126,16 @@ class TestRun:
         with pytest.raises(FileExistsError, match="--resume"):
             train(tiny(folder, 64))
 
-    @pytest.mark.parametrize(("make", "error", "message"), [
-        (lambda p: TrainConfig(task="run"), ValueError, "task='run'.*walk"),
-        (lambda p: TrainConfig(steps=0), ValueError, "steps=0"),
-        (lambda p: TrainConfig(resume=p, run=p / 'other'), ValueError, "leave --run out"),
-        (lambda p: train(TrainConfig(resume=p)), FileNotFoundError, r"no config\.json"),
-        (lambda p: load_policy(p / "x"), FileNotFoundError, "neither a run folder"),
-    ])
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda p: TrainConfig(task="run"), ValueError, "task='run'.*walk"),
+            (lambda p: TrainConfig(steps=0), ValueError, "steps=0"),
+            (lambda p: TrainConfig(resume=p, run=p / "other"), ValueError, "leave --run out"),
+            (lambda p: train(TrainConfig(resume=p)), FileNotFoundError, r"no config\.json"),
+            (lambda p: load_policy(p / "x"), FileNotFoundError, "neither a run folder"),
+        ],
+    )
     def test_bad_input(self, tmp_path: Path, make, error: type, message: str) -> None:
         with pytest.raises(error, match=message):
             make(tmp_path)
@@ -155,8 +158,8 @@ class TestExport:
         """A loop that knows only the file and named sensors repeats the environment's targets."""
         import onnx
         import onnxruntime
-        from conftest import make_env
 
+        from conftest import make_env
         from kouros.deploy.export import OnnxExporter
         from kouros.envs.contract import policy_sensors
 
@@ -187,13 +190,12 @@ class TestExport:
         actor, config, contract = load_policy(folder)
         recording = record_policy(actor, config)
         recording["joint_targets"][500, 3] += 1e-3
-        with pytest.raises(RuntimeError, match="differs from the trained one by 0.001"):
+        with pytest.raises(RuntimeError, match=r"differs from the trained one by 0\.001"):
             OnnxExporter(actor, contract).export(tmp_path / "policy.onnx", recording)
         assert not (tmp_path / "policy.onnx").exists()
 
     def test_what_a_robot_cannot_measure_is_refused(self) -> None:
         from conftest import make_env
-
         from kouros.deploy.export import PolicyGraph
 
         contract = policy_contract(make_env(1, actor_observations=("base_lin_vel",)))
@@ -204,7 +206,13 @@ class TestExport:
 class TestCommandLine:
     def test_help_names_every_field_with_its_default(self) -> None:
         text = kouros("train", "--help").stdout
-        for flag in ("--steps", "--resume", "--env.num-envs", "--ppo.learning-rate", "--env.rewards.pose"):
+        for flag in (
+            "--steps",
+            "--resume",
+            "--env.num-envs",
+            "--ppo.learning-rate",
+            "--env.rewards.pose",
+        ):
             assert flag in text
         assert "(default: 256)" in text
 

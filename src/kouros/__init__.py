@@ -1,0 +1,59 @@
+"""Kouros: from nothing to a humanoid robot that walks.
+
+The public names, each imported on its first use so that ``import kouros`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "HumanoidEnvConfig": "kouros.envs.config",
+    "HumanoidBaseEnv": "kouros.envs.humanoid",
+    "observation": "kouros.envs.observations",
+    "reward": "kouros.envs.rewards",
+    "evaluate_walk": "kouros.envs.evaluation",
+    "Robot": "kouros.robots",
+    "get_robot": "kouros.robots",
+    "Simulation": "kouros.physics.simulation",
+    "make_simulation": "kouros.physics.simulation",
+    "ArticulationView": "kouros.physics.articulation",
+    "PPOConfig": "kouros.learning.config",
+    "PPOAgent": "kouros.learning.ppo",
+    "ActorNetwork": "kouros.learning.networks",
+    "CriticNetwork": "kouros.learning.networks",
+    "load_policy": "kouros.learning.run",
+    "OnnxExporter": "kouros.deploy.export",
+}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from kouros.deploy.export import OnnxExporter as OnnxExporter
+    from kouros.envs.config import HumanoidEnvConfig as HumanoidEnvConfig
+    from kouros.envs.evaluation import evaluate_walk as evaluate_walk
+    from kouros.envs.humanoid import HumanoidBaseEnv as HumanoidBaseEnv
+    from kouros.envs.observations import observation as observation
+    from kouros.envs.rewards import reward as reward
+    from kouros.learning.config import PPOConfig as PPOConfig
+    from kouros.learning.networks import ActorNetwork as ActorNetwork
+    from kouros.learning.networks import CriticNetwork as CriticNetwork
+    from kouros.learning.ppo import PPOAgent as PPOAgent
+    from kouros.learning.run import load_policy as load_policy
+    from kouros.physics.articulation import ArticulationView as ArticulationView
+    from kouros.physics.simulation import Simulation as Simulation
+    from kouros.physics.simulation import make_simulation as make_simulation
+    from kouros.robots import Robot as Robot
+    from kouros.robots import get_robot as get_robot
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'kouros' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *_HOME))

@@ -174,9 +174,7 @@ def bench(config: Bench) -> None:
     from kouros.learning.bench import Bench as Layers
     from kouros.learning.bench import report
 
-    results = [
-        Layers(HumanoidEnvConfig(num_envs=n)).measure(config.seconds) for n in config.worlds
-    ]
+    results = [Layers(HumanoidEnvConfig(num_envs=n)).measure(config.seconds) for n in config.worlds]
     report(results)
     if config.output:
         write_json(config.output, results)
@@ -206,7 +204,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    types = {name: kind for name, (kind, _) in COMMANDS.items()}
+    types: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
     config = tyro.extras.subcommand_cli_from_dict(types, prog="kouros", args=args)
     command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))
     try:

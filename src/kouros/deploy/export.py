@@ -47,8 +47,9 @@ class PolicyGraph(nn.Module):
         self.actor, self.contract = actor, contract
         for term in contract["observations"]:
             check_choice("actor_observations", term["name"], (*SENSORS, *STATE_TERMS))
-        for name in ("default_joint_pos", "action_offset", "action_scale"):
-            self.register_buffer(name, torch.tensor(contract[name], dtype=torch.float32))
+        self.default_joint_pos = nn.Buffer(torch.tensor(contract["default_joint_pos"]))
+        self.action_offset = nn.Buffer(torch.tensor(contract["action_offset"]))
+        self.action_scale = nn.Buffer(torch.tensor(contract["action_scale"]))
 
     def forward(
         self,

@@ -9,18 +9,19 @@ from typing import Literal
 from kouros.checks import require
 
 WALK_REWARDS = {
-    "track_linear_velocity": 2.0,
+    "track_linear_velocity": 3.0,
     "track_yaw_rate": 2.0,
     "gait_contact": 1.5,
     "gait_height": 2.0,
     "alive": 0.5,
-    "tilt": -1.5,
+    "tilt": -4.0,
     "base_height": -20.0,
     "roll_pitch_rate": -0.05,
     "vertical_velocity": -0.5,
     "action_rate": -0.01,
     "action_acceleration": -0.002,
     "pose": -0.3,
+    "standing_pose": -1.5,
     "foot_slip": -0.1,
     "joint_velocity": -1e-4,
 }
@@ -31,10 +32,10 @@ WALK_POSE_WEIGHTS = {
     "hip_pitch": 0.1,
     "knee": 0.1,
     "ankle": 0.2,
-    "waist": 1.0,
-    "shoulder": 0.5,
-    "elbow": 0.5,
-    "wrist": 0.5,
+    "waist": 2.0,
+    "shoulder": 2.0,
+    "elbow": 1.5,
+    "wrist": 2.0,
 }
 
 
@@ -102,10 +103,10 @@ class HumanoidEnvConfig:
     """Largest base velocity at reset, m/s in x and y and rad/s in yaw."""
 
     harness: float = 1.0
-    """Strength, 0 to 1, of the training harness in the first episodes: springs that keep the base
-    upright and up. It weakens by itself as episodes last; the test of walking has none."""
-    harness_fall_time: float = 2.0
-    """Mean time between falls, s, beyond which the harness weakens."""
+    """Strength, 0 to 1, that each world's training harness begins with: springs that keep the base
+    upright and up. It weakens by itself as the robot learns; the test of walking has none."""
+    harness_fall_time: float = 1.0
+    """Mean time between falls, s, beyond which a harness weakens."""
 
     actor_observations: tuple[str, ...] = (
         "base_ang_vel",
@@ -122,7 +123,6 @@ class HumanoidEnvConfig:
         "mean_velocity",
         "base_height",
         "foot_height",
-        "foot_velocity",
         "foot_contact",
         "foot_force",
         "harness",
@@ -151,7 +151,9 @@ class HumanoidEnvConfig:
         )
         for name in positive.split():
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
-        not_negative = "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height"
+        not_negative = (
+            "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height"
+        )
         for name in not_negative.split():
             require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("command_vx", "command_vy", "command_yaw"):

@@ -77,7 +77,7 @@ def record_policy(
     """
     env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0))
     obs, _ = env.reset(seed=0)
-    rows = []
+    rows: list[dict[str, torch.Tensor]] = []
     while sum(len(row["state"]) for row in rows) < steps:
         row = {name: value.clone() for name, value in policy_sensors(env).items()}
         row["state"] = policy_state(env)

@@ -61,9 +61,7 @@ class WalkResult:
     def failures(self) -> list[str]:
         """Names of the figures that miss the bar (a figure that could not be measured does)."""
         return [
-            name
-            for name, (_, _, low, high) in self.BAR.items()
-            if not low <= getattr(self, name) <= high
+            name for name, (_, _, low, high) in self.BAR.items() if not low <= getattr(self, name) <= high
         ]
 
 
@@ -208,11 +206,7 @@ class _Soles:
         """Height of each foot's lowest point above flat ground, m, ``(num_worlds, 2)``."""
         lowest = [
             # A capsule's axis is the z axis of its frame: its height above the middle is R[2, 2] l.
-            (
-                self._position[:, geoms, 2]
-                - self._rotation[:, geoms, 8].abs() * half_length
-                - radius
-            ).amin(-1)
+            (self._position[:, geoms, 2] - self._rotation[:, geoms, 8].abs() * half_length - radius).amin(-1)
             for geoms, radius, half_length in self._feet
         ]
         return torch.stack(lowest, dim=-1).float()

@@ -17,9 +17,10 @@ from kouros.envs.observations import OBSERVATIONS, mirror
 from kouros.envs.rewards import REWARDS
 from kouros.envs.scene import Camera, make_model
 from kouros.physics.articulation import ArticulationView
-from kouros.physics.rotations import matrix_from_quat, quat_from_yaw, rotate
+from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, up_in_body
 from kouros.physics.simulation import make_simulation
 from kouros.robots import get_robot
+from kouros.threads import torch_threads
 
 # A number read from a world beyond this (SI units), or NaN, is a sick world, not a robot.
 SICK = 1e6
@@ -49,7 +50,8 @@ class HumanoidBaseEnv(VectorEnv):
     **Info**, all tensors: ``critic_obs`` ``(num_envs, critic_dim)``, the actor's observation followed
     by what only a simulation knows; ``height`` (m); ``forward_velocity`` (m/s, base frame);
     ``episode`` with ``r`` (sum of rewards), ``l`` (steps) and ``t`` (simulated seconds) where
-    ``_episode`` is true, zero elsewhere; ``metrics`` ``(len(metric_names),)``, means over the worlds.
+    ``_episode`` is true, zero elsewhere; ``metrics`` ``(len(metric_names), num_envs)``: reward terms times
+    their weights, tracking errors (m/s, rad/s), harness, and 1 where the world was sick.
 
     **Observations** are concatenated terms of ``config.actor_observations``, see
     :mod:`kouros.envs.observations`; rewards are weighted terms of ``config.rewards``, see
@@ -59,13 +61,15 @@ class HumanoidBaseEnv(VectorEnv):
     Attributes:
       config, robot, simulation, articulation: what the environment is made of.
       command: ``(num_envs, 3)`` vx, vy (m/s, base frame) and yaw rate (rad/s).
-      mean_velocity: ``(num_envs, 3)``, what follows the command: vx, vy and yaw rate averaged over
-        ``tracking_time``.
+      velocity, mean_velocity: ``(num_envs, 3)``, what follows the command: vx, vy and yaw rate, now and
+        averaged over ``tracking_time``.
       ordered: ``(num_envs,)`` bool, whether the command is more than ``standing_command``.
       coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after the last such command.
       moving: ``(num_envs,)`` bool, whether the gait clock counts: ordered, or coasting to a halt.
       phase: ``(num_envs,)`` in [0, 1), the left foot's place in the gait cycle; the right foot is half
         a cycle apart. A foot swings in the first ``swing_fraction`` of its cycle.
+      swing, swing_height: ``(num_envs, 2)``, whether each foot should have been in the air at the end of
+        the last step, and how high (m).
       harness: ``(num_envs,)`` in [0, 1], how much each world's training harness still holds.
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
@@ -84,9 +88,7 @@ class HumanoidBaseEnv(VectorEnv):
         "render_modes": ["rgb_array"],
     }
 
-    def __init__(
-        self, config: HumanoidEnvConfig | None = None, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, config: HumanoidEnvConfig | None = None, device: str | torch.device = "cpu") -> None:
         self.config = config = config or HumanoidEnvConfig()
         self.robot = robot = get_robot(config.robot)
         for field, table in (("rewards", REWARDS), ("actor_observations", OBSERVATIONS)):
@@ -124,6 +126,85 @@ class HumanoidBaseEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.reset()
+
+    def _allocate(self) -> None:
+        config, robot, view, sim = self.config, self.robot, self.articulation, self.simulation
+        n, model = self.num_envs, sim.model
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(n, *shape, dtype=dtype, device=self.device)
+
+        def constant(values: Any) -> torch.Tensor:
+            return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=self.device)
+
+        # One float32 copy of what is read in every step; the public tensors are views of it.
+        self._read = zeros(model.nq + model.nv + model.nsensordata)
+        parts = self._read.split([model.nq, model.nv, model.nsensordata], dim=1)
+        self._sources = tuple(zip(parts, (sim.qpos, sim.qvel, sim.sensordata), strict=True))
+        qpos, qvel, sensors = parts
+
+        def sensor(first: str, count: int, size: int) -> torch.Tensor:
+            start = int(model.sensor(first).adr[0])
+            return sensors[:, start : start + count * size].unflatten(1, (count, size))
+
+        left = robot.feet[0]  # the right foot's sensor follows, see Robot.spec
+        self.base_pos_w, self.base_quat_w = qpos[:, 0:3], qpos[:, 3:7]
+        self.base_lin_vel_w, self.base_ang_vel_b = qvel[:, 0:3], qvel[:, 3:6]
+        self.joint_pos, self.joint_vel = qpos[:, view.joint_qpos], qvel[:, view.joint_qvel]
+        self.torso_up_w = sensor("torso_up", 1, 3)[:, 0]
+        self.foot_pos_w = sensor(f"{left}_position", 2, 3)
+        self.foot_vel_w = sensor(f"{left}_velocity", 2, 3)
+        self.foot_force_w = sensor(f"{left}_contact", 2, 4)[:, :, 1:]
+        self._foot_contacts = sensor(f"{left}_contact", 2, 4)[:, :, 0]
+
+        self.default_joint_pos = constant(robot.default_joint_pos)
+        self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
+        self.command, self.velocity, self.mean_velocity = (zeros(3) for _ in range(3))
+        self.ordered = zeros(dtype=torch.bool)
+        self.phase, self.coast = zeros(), zeros()
+        self.action, self.previous_action, self.action_before = (zeros(robot.num_joints) for _ in range(3))
+        self.episode_length = zeros(dtype=torch.int64)
+        self._episode_return = zeros()
+        self.harness = torch.full_like(self.phase, config.harness)
+        self._harness_wrench = sim.field("xfrc_applied")[:, model.body(robot.base_body).id, 2:5]
+
+        self.resampling_steps = max(1, round(config.resampling_interval / config.control_dt))
+        ranges = constant([config.command_vx, config.command_vy, config.command_yaw])
+        self._command_low, self._command_range = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
+        # A reset draws every component of the state evenly between two bounds.
+        low, high = np.zeros(model.nq + model.nv), np.zeros(model.nq + model.nv)
+        low[2] = high[2] = robot.base_height
+        joints = np.arange(model.nq)[view.joint_qpos]
+        low[joints] = np.maximum(
+            robot.default_joint_pos - config.initial_joint_noise, robot.joint_range[:, 0]
+        )
+        high[joints] = np.minimum(
+            robot.default_joint_pos + config.initial_joint_noise, robot.joint_range[:, 1]
+        )
+        moving = model.nq + np.array([0, 1, 5])  # base velocity: x, y, yaw
+        low[moving], high[moving] = -config.initial_velocity, config.initial_velocity
+        self._initial_low, self._initial_range = constant(low), constant(high - low)
+
+        offset, scale = {
+            "position": (robot.default_joint_pos, robot.action_scale),
+            "velocity": (np.zeros(robot.num_joints), np.ones(robot.num_joints)),
+            "effort": (np.zeros(robot.num_joints), 0.25 * robot.effort_limit),
+        }[config.control_mode]
+        self.action_offset, self.action_scale = (
+            constant(offset),
+            constant(scale * config.action_scale),
+        )
+        self._ctrl = sim.ctrl[:, view.joint_ctrl]
+
+        rewards = config.rewards
+        self._metric_scale = constant([*rewards.values(), 1.0, 1.0, 1.0, 1.0]).unsqueeze(-1)
+        self.metric_names = (
+            *(f"reward/{name}" for name in rewards),
+            "task/velocity_error",
+            "task/yaw_rate_error",
+            "task/harness",
+            "task/sick_worlds",
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -175,26 +256,27 @@ class HumanoidBaseEnv(VectorEnv):
         if self.device.type == "cpu" and not bool(torch.isfinite(actions).all()):
             bad = int((~torch.isfinite(actions)).any(-1).nonzero()[0])
             raise ValueError(f"actions: not finite in world {bad}; the policy has diverged")
-        return self._step(actions)
+        with torch_threads(1):
+            return self._step(actions)
 
     def _step(self, actions: torch.Tensor):
         """The tensor program: no host synchronization, no shape that depends on data."""
-        config = self.config
+        config, sim = self.config, self.simulation
         self.action_before.copy_(self.previous_action)
         self.previous_action.copy_(self.action)
         torch.clamp(actions, -config.action_limit, config.action_limit, out=self.action)
         self._ctrl.copy_(torch.addcmul(self.action_offset, self.action_scale, self.action))
         if config.harness:
             self._pull_harness()
-        self.simulation.step(config.frame_skip)
-        self.episode_length += 1
+        sim.step(config.frame_skip)
         cycles = config.control_dt / config.gait_period
+        self.episode_length += 1
         self.phase.add_(cycles).remainder_(1.0)
         self.coast.masked_fill_(self.ordered, 1.0).sub_(cycles).clamp_(min=0.0)
         self._refresh()
-        self.sick_worlds += self.sick.sum()
-        velocity = torch.cat((self.base_lin_vel_b[:, :2], self.base_ang_vel_b[:, 2:]), dim=-1)
-        self.mean_velocity.lerp_(velocity, min(1.0, config.control_dt / config.tracking_time))
+        self.velocity = torch.cat((self.base_lin_vel_b[:, :2], self.base_ang_vel_b[:, 2:]), dim=1)
+        self.mean_velocity.lerp_(self.velocity, min(1.0, config.control_dt / config.tracking_time))
+        self.swing, self.swing_height = self._gait()
 
         self.fallen = (
             self.sick
@@ -203,32 +285,35 @@ class HumanoidBaseEnv(VectorEnv):
         )
         if config.harness:
             # Up with a fall and down with time: steady where falls are harness_fall_time apart.
-            self.harness += HARNESS_STEP * self.fallen
+            self.harness.add_(self.fallen, alpha=HARNESS_STEP)
             self.harness -= HARNESS_STEP * config.control_dt / config.harness_fall_time
             self.harness.clamp_(0.0, config.harness)
-
         terminations = self.fallen
         truncations = (self.episode_length >= config.max_episode_length) & ~terminations
         done = terminations | truncations
         rewards, metrics = self._rewards()
         self._episode_return += rewards
-        final_obs = self._observations()
+        length = self.episode_length * done
+        final_obs = critic_obs = self._observations()
         info = {
             "final_obs": final_obs[:, : self._actor_dim],
             "final_critic_obs": final_obs,
             "_episode": done,
             "episode": {
                 "r": self._episode_return * done,
-                "l": self.episode_length * done,
-                "t": self.episode_length * done * config.control_dt,
+                "l": length,
+                "t": length * config.control_dt,
             },
             "metrics": metrics,
         }
+
         new_command = done | (self.episode_length % self.resampling_steps == 0)
-        self._begin_episodes(done)
-        self._resample_commands(new_command)
-        self._refresh()
-        critic_obs = self._observations()
+        if sim.may_have(done):
+            self._begin_episodes(done)
+            self._refresh()
+        if sim.may_have(new_command):
+            self._resample_commands(new_command)
+            critic_obs = self._observations()
         info |= self._info(critic_obs)
         return critic_obs[:, : self._actor_dim], rewards, terminations, truncations, info
 
@@ -239,133 +324,62 @@ class HumanoidBaseEnv(VectorEnv):
             "forward_velocity": self.base_lin_vel_b[:, 0].clone(),
         }
 
-    def _allocate(self) -> None:
-        config, robot, view, sim = self.config, self.robot, self.articulation, self.simulation
-        n, model = self.num_envs, sim.model
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(n, *shape, dtype=dtype, device=self.device)
-
-        def constant(values: Any) -> torch.Tensor:
-            return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=self.device)
-
-        # One float32 copy of what is read in every step; the public tensors are views of it.
-        self._read = zeros(model.nq + model.nv + model.nsensordata)
-        parts = self._read.split([model.nq, model.nv, model.nsensordata], dim=1)
-        self._sources = tuple(zip(parts, (sim.qpos, sim.qvel, sim.sensordata), strict=True))
-        qpos, self._qvel, sensors = parts
-
-        def sensor(first: str, count: int, size: int) -> torch.Tensor:
-            start = int(model.sensor(first).adr[0])
-            return sensors[:, start : start + count * size].unflatten(1, (count, size))
-
-        left = robot.feet[0]  # the right foot's sensor follows, see Robot.spec
-        self.base_pos_w, self.base_quat_w = qpos[:, 0:3], qpos[:, 3:7]
-        self.base_ang_vel_b = self._qvel[:, 3:6]
-        self.joint_pos, self.joint_vel = qpos[:, view.joint_qpos], self._qvel[:, view.joint_qvel]
-        self.torso_up_w = sensor("torso_up", 1, 3)[:, 0]
-        self.foot_pos_w = sensor(f"{left}_position", 2, 3)
-        self._foot_vel_w = sensor(f"{left}_velocity", 2, 3)
-        self._foot_contact = sensor(f"{left}_contact", 2, 4)
-
-        self.default_joint_pos = constant(robot.default_joint_pos)
-        self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
-        self.command, self.mean_velocity = zeros(3), zeros(3)
-        self.ordered = zeros(dtype=torch.bool)
-        self.phase, self.coast = zeros(), zeros()
-        self.action, self.previous_action, self.action_before = (
-            zeros(robot.num_joints) for _ in range(3)
-        )
-        self.episode_length = zeros(dtype=torch.int64)
-        self._episode_return = zeros()
-        self.sick_worlds = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.harness = torch.full_like(self.phase, config.harness)
-        self._harness_wrench = sim.field("xfrc_applied")[:, model.body(robot.base_body).id]
-        self.resampling_steps = max(1, round(config.resampling_interval / config.control_dt))
-        ranges = constant([config.command_vx, config.command_vy, config.command_yaw])
-        self._command_low, self._command_range = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
-        self._joint_low, self._joint_high = constant(robot.joint_range).T
-
-        offset, scale = {
-            "position": (robot.default_joint_pos, robot.action_scale),
-            "velocity": (np.zeros(robot.num_joints), np.ones(robot.num_joints)),
-            "effort": (np.zeros(robot.num_joints), 0.25 * robot.effort_limit),
-        }[config.control_mode]
-        self.action_offset, self.action_scale = constant(offset), constant(scale * config.action_scale)
-        self._ctrl = sim.ctrl[:, view.joint_ctrl]
-
-        self._reward_weights = constant(list(config.rewards.values()))
-        self.metric_names = (
-            *(f"reward/{name}" for name in config.rewards),
-            "reward/total",
-            "task/velocity_error",
-            "task/yaw_rate_error",
-            "task/harness",
-            "task/sick_worlds",
-        )
-
     def _refresh(self) -> None:
         """Bring the public tensors to the simulation's present state, float32 and finite."""
         for target, source in self._sources:
             target.copy_(source)
         self.sick = ~(self._read.abs().amax(-1) < SICK)
         self._read.masked_fill_(self.sick.unsqueeze(-1), 0.0)
-        self.base_quat_w[:, 0] += self.sick
+        self.base_up_b = up_in_body(self.base_quat_w)
+        self.projected_gravity = -self.base_up_b
+        self.base_lin_vel_b = rotate_inverse(self.base_quat_w, self.base_lin_vel_w)
+        self.foot_contact = (self._foot_contacts > 0).float()
 
-        to_world = matrix_from_quat(self.base_quat_w)
-        self._base_up_w = to_world[:, :, 2]
-        self.projected_gravity = -to_world[:, 2]
-        vectors_w = torch.cat(
-            (self._qvel[:, None, 0:3], self._foot_vel_w, self._foot_contact[:, :, 1:]), dim=1
-        )
-        # Rows times R: each vector v becomes R^T v, from the world's frame to the base's.
-        vectors_b = vectors_w @ to_world
-        self.base_lin_vel_b = vectors_b[:, 0]
-        self.foot_vel_b, self.foot_force_b = vectors_b[:, 1:3], vectors_b[:, 3:5]
-        self.foot_contact = (self._foot_contact[:, :, 0] > 0).float()
+    def _gait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether each foot should be in the air now, and how high (m), ``(num_envs, 2)`` each."""
+        fraction, height = self.config.swing_fraction, self.config.swing_height
+        cycle = torch.stack((self.phase, (self.phase + 0.5) % 1.0), dim=-1)
+        swing = (cycle < fraction) & self.moving.unsqueeze(-1)
+        return swing, torch.sin(cycle * (torch.pi / fraction)) * height * swing
 
     @property
     def moving(self) -> torch.Tensor:
         return self.ordered | (self.coast > 0.0)
 
-    def gait(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether each foot should be in the air now, and how high (m), ``(num_envs, 2)`` each."""
-        config = self.config
-        cycle = torch.stack((self.phase, self.phase + 0.5), dim=-1).remainder_(1.0)
-        swing = (cycle < config.swing_fraction) & self.moving.unsqueeze(-1)
-        height = torch.sin(cycle * (torch.pi / config.swing_fraction)) * config.swing_height
-        return swing, height * swing
-
-    def _observe(self, names: tuple[str, ...]) -> torch.Tensor:
-        return torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
+    def observe(self) -> torch.Tensor:
+        """The actor's observation of the present state, ``(num_envs, obs_dim)``."""
+        return self._observations()[:, : self._actor_dim]
 
     def _observations(self) -> torch.Tensor:
         """The critic's observation; the actor's is its first columns."""
-        return self._observe(self.config.actor_observations + self.config.critic_observations)
+        names = self.config.actor_observations + self.config.critic_observations
+        return torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
 
     def _rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
-        error = self.command - torch.cat((self.base_lin_vel_b[:, :2], self.base_ang_vel_b[:, 2:]), 1)
-        terms = [REWARDS[name](self) for name in config.rewards]
-        others = [error[:, :2].norm(dim=-1), error[:, 2].abs(), self.harness]
-        columns = torch.stack(terms + others)
-        rates = columns[: len(terms)] * self._reward_weights.unsqueeze(-1)
+        """Rewards ``(num_envs,)`` and the metrics ``(len(metric_names), num_envs)``."""
+        terms = [REWARDS[name](self) for name in self.config.rewards]
+        error = (self.command - self.velocity).square()
+        speed_error, yaw_error = error[:, :2].sum(-1).sqrt(), error[:, 2].sqrt()
+        columns = torch.stack([*terms, speed_error, yaw_error, self.harness, self.sick.float()])
+        metrics = columns * self._metric_scale
         # What a sick world did is nobody's merit or fault.
-        total = rates.sum(0).masked_fill_(self.sick, 0.0)
-        means = torch.cat((rates, total.unsqueeze(0), columns[len(terms) :])).mean(1)
-        metrics = torch.cat((means, self.sick_worlds.unsqueeze(0).float()))
-        return total * config.control_dt, metrics
+        total = metrics[: len(terms)].sum(0).masked_fill_(self.sick, 0.0)
+        return total * self.config.control_dt, metrics
 
     def _pull_harness(self) -> None:
-        """A wrench on the base, world frame: a torque towards upright, a force up where it is low."""
-        up_x, up_y, _ = self._base_up_w.unbind(-1)
-        rate_x, rate_y, _ = rotate(self.base_quat_w, self.base_ang_vel_b).unbind(-1)
-        low = (self.config.target_height - self.base_pos_w[:, 2]).clamp(min=0.0)
-        # The torque is cross(base's up, world's up), the axis and sine of the tilt, and damping.
-        torque_x = HARNESS_TORQUE * up_y - HARNESS_DAMPING * rate_x
-        torque_y = -HARNESS_TORQUE * up_x - HARNESS_DAMPING * rate_y
-        pull = torch.stack((HARNESS_FORCE * low, torque_x, torque_y), dim=-1)
-        self._harness_wrench[:, 2:5] = pull * self.harness.unsqueeze(-1)
+        """A wrench on the base, world frame: a torque towards upright, a force up where it is low.
+
+        Assistance that fades with success: Yu, Turk & Liu 2018 (arXiv 1801.08093).
+        """
+        # cross(body's z axis, world's z axis), the axis and sine of the tilt, is (y, -x) of the body's
+        # z axis in the world: up_in_body of the inverse rotation.
+        w, x, y, z = self.base_quat_w.unbind(-1)
+        sine = 2.0 * torch.stack((y * z - w * x, -x * z - w * y), dim=-1)
+        rate = rotate(self.base_quat_w, self.base_ang_vel_b)[:, :2]
+        torque = HARNESS_TORQUE * sine - HARNESS_DAMPING * rate
+        low = (self.config.target_height - self.base_pos_w[:, 2:3]).clamp(min=0.0)
+        pull = torch.cat((HARNESS_FORCE * low, torque), dim=-1)
+        self._harness_wrench.copy_(pull * self.harness.unsqueeze(-1))
 
     def _uniform(self, columns: int) -> torch.Tensor:
         """Uniform numbers in [0, 1), ``(num_envs, columns)``: every world draws, masked or not."""
@@ -377,33 +391,6 @@ class HumanoidBaseEnv(VectorEnv):
         command *= draw[:, 3:] >= self.config.standing_fraction
         self.set_command(torch.where(mask.unsqueeze(-1), command, self.command))
 
-    def _begin_episodes(self, mask: torch.Tensor) -> None:
-        config, sim, view = self.config, self.simulation, self.articulation
-        rows = mask.unsqueeze(-1)
-        draw = 2.0 * self._uniform(5 + self.robot.num_joints) - 1.0
-        qpos, qvel = torch.zeros_like(sim.qpos), torch.zeros_like(sim.qvel)
-        qpos[:, 2] = self.robot.base_height
-        qpos[:, 3:7] = quat_from_yaw(torch.pi * draw[:, 0])
-        joint_pos = self.default_joint_pos + config.initial_joint_noise * draw[:, 5:]
-        qpos[:, view.joint_qpos] = joint_pos.clamp(self._joint_low, self._joint_high).to(sim.dtype)
-        qvel[:, 0:2] = config.initial_velocity * draw[:, 1:3]
-        qvel[:, 5] = config.initial_velocity * draw[:, 3]
-        sim.reset(mask)
-        torch.where(rows, qpos, sim.qpos, out=sim.qpos)
-        torch.where(rows, qvel, sim.qvel, out=sim.qvel)
-        sim.forward(mask)
-
-        torch.where(mask, 0.5 + 0.5 * draw[:, 4], self.phase, out=self.phase)
-        for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
-            buffer.masked_fill_(rows, 0.0)
-        self.coast.masked_fill_(mask, 1.0)
-        self.episode_length.masked_fill_(mask, 0)
-        self._episode_return.masked_fill_(mask, 0.0)
-
-    def observe(self) -> torch.Tensor:
-        """The actor's observation of the present state, ``(num_envs, obs_dim)``."""
-        return self._observe(self.config.actor_observations)
-
     def set_command(self, command: torch.Tensor) -> None:
         """Command every world from outside, until the next resampling.
 
@@ -412,9 +399,28 @@ class HumanoidBaseEnv(VectorEnv):
             broadcasts to it. Observe anew afterwards.
         """
         self.command.copy_(command)
-        torch.gt(self.command.norm(dim=-1), self.config.standing_command, out=self.ordered)
+        threshold = self.config.standing_command**2
+        torch.gt(self.command.square().sum(-1), threshold, out=self.ordered)
 
-    def render(self, world: int = 0) -> np.ndarray:
+    def _begin_episodes(self, mask: torch.Tensor) -> None:
+        sim, rows = self.simulation, mask.unsqueeze(-1)
+        draw = self._uniform(2 + len(self._initial_low))
+        state = torch.addcmul(self._initial_low, self._initial_range, draw[:, 2:])
+        state[:, 3:7] = quat_from_yaw((2.0 * torch.pi) * draw[:, 0])
+        qpos, qvel = state.to(sim.dtype).split([sim.model.nq, sim.model.nv], dim=1)
+        sim.reset(mask)
+        sim.qpos.copy_(torch.where(rows, qpos, sim.qpos))
+        sim.qvel.copy_(torch.where(rows, qvel, sim.qvel))
+        sim.forward(mask)
+
+        for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
+            buffer.masked_fill_(rows, 0.0)
+        self.phase.copy_(torch.where(mask, draw[:, 1], self.phase))
+        self.coast.masked_fill_(mask, 1.0)
+        self.episode_length.masked_fill_(mask, 0)
+        self._episode_return.masked_fill_(mask, 0.0)
+
+    def render(self, world: int = 0) -> np.ndarray:  # type: ignore[override]
         """A picture of one world, RGB ``(480, 640, 3)`` uint8.
 
         Raises:
@@ -461,7 +467,6 @@ _STATE = (
     "action_before",
     "episode_length",
     "_episode_return",
-    "sick_worlds",
     "harness",
 )
 

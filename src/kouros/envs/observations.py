@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 # scalar: unchanged. vector: y changes sign. pseudovector: x and z change sign (a rotation).
 # command: (vx, vy, yaw rate). negate: all change sign. joints: the robot's mirror pairs.
-# feet: left and right exchange. feet_vector: they exchange, and y changes sign.
-Mirror = Literal[
-    "scalar", "vector", "pseudovector", "command", "negate", "joints", "feet", "feet_vector"
-]
+# feet: left and right exchange.
+Mirror = Literal["scalar", "vector", "pseudovector", "command", "negate", "joints", "feet"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,22 +116,16 @@ def foot_height(env: HumanoidBaseEnv) -> torch.Tensor:
     return env.foot_pos_w[:, :, 2]
 
 
-@observation(mirror="feet_vector")
-def foot_velocity(env: HumanoidBaseEnv) -> torch.Tensor:
-    """Velocity of each foot, base frame, m/s."""
-    return env.foot_vel_b.flatten(1)
-
-
 @observation(mirror="feet")
 def foot_contact(env: HumanoidBaseEnv) -> torch.Tensor:
     """Whether each foot touches the ground, 0 or 1."""
     return env.foot_contact
 
 
-@observation(mirror="feet_vector")
+@observation(mirror="feet")
 def foot_force(env: HumanoidBaseEnv) -> torch.Tensor:
-    """Force of the ground on each foot, base frame, in units of the robot's weight."""
-    return (env.foot_force_b / env.weight).flatten(1)
+    """Vertical force of the ground on each foot, in units of the robot's weight."""
+    return env.foot_force_w[:, :, 2] / env.weight
 
 
 def mirror(names: tuple[str, ...], sizes: list[int], robot: Robot) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,14 +139,12 @@ def mirror(names: tuple[str, ...], sizes: list[int], robot: Robot) -> tuple[torc
     Returns:
       ``index`` (int64) and ``sign`` (float32), each ``(sum(sizes),)``.
     """
-    feet_vector = ([3, 4, 5, 0, 1, 2], [1, -1, 1, 1, -1, 1])
     rules: dict[str, tuple] = {
         "vector": ([0, 1, 2], [1, -1, 1]),
         "pseudovector": ([0, 1, 2], [-1, 1, -1]),
         "command": ([0, 1, 2], [1, -1, -1]),
         "joints": (robot.mirror_joint, robot.mirror_sign),
         "feet": ([1, 0], [1, 1]),
-        "feet_vector": feet_vector,
     }
     index, sign, start = [], [], 0
     for name, size in zip(names, sizes, strict=True):

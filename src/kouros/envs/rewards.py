@@ -41,15 +41,13 @@ def track_yaw_rate(env: HumanoidBaseEnv) -> torch.Tensor:
 @reward
 def gait_contact(env: HumanoidBaseEnv) -> torch.Tensor:
     """Share of feet whose contact agrees with the gait clock; both must touch when told to stand."""
-    swing, _ = env.gait()
-    return (env.foot_contact.bool() != swing).float().mean(-1)
+    return (env.foot_contact.bool() != env.swing).float().mean(-1)
 
 
 @reward
 def gait_height(env: HumanoidBaseEnv) -> torch.Tensor:
     """exp(-sum over feet of (height - the clock's swing height)^2 / 0.005 m^2)."""
-    _, height = env.gait()
-    error = (env.foot_pos_w[:, :, 2] - height).square().sum(-1)
+    error = (env.foot_pos_w[:, :, 2] - env.swing_height).square().sum(-1)
     return torch.exp(-error / 0.005)
 
 
@@ -103,9 +101,15 @@ def pose(env: HumanoidBaseEnv) -> torch.Tensor:
 
 
 @reward
+def standing_pose(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Squared deviation of all joints from the default pose while told to stand, rad^2."""
+    return (env.joint_pos - env.default_joint_pos).square().sum(-1) * ~env.moving
+
+
+@reward
 def foot_slip(env: HumanoidBaseEnv) -> torch.Tensor:
     """Squared horizontal velocity of feet that touch the ground, m^2/s^2."""
-    return (env.foot_vel_b[:, :, :2].square().sum(-1) * env.foot_contact).sum(-1)
+    return (env.foot_vel_w[:, :, :2].square().sum(-1) * env.foot_contact).sum(-1)
 
 
 @reward

@@ -44,15 +44,24 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
         contype=1,
         conaffinity=0,
     )
+    light = mujoco.mjtLightType
     spec.worldbody.add_light(
-        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
-        pos=[0, 0, 4],
-        dir=[-0.4, 0.4, -1],
-        diffuse=[0.65, 0.65, 0.65],
+        type=light.mjLIGHT_DIRECTIONAL, dir=[0, 0, -1], diffuse=[0.3] * 3, castshadow=False
+    )
+    spec.body(robot.base_body).add_light(
+        type=light.mjLIGHT_SPOT,
+        mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM,
+        pos=[1.0, 1.0, 3.2],
+        dir=[-1.0, -1.0, -4.0],
+        cutoff=45,
+        exponent=1,
+        diffuse=[0.6] * 3,
         castshadow=True,
     )
-    spec.visual.headlight.ambient = [0.35, 0.35, 0.35]
-    spec.visual.headlight.diffuse = [0.35, 0.35, 0.35]
+    spec.visual.headlight.ambient = [0.3] * 3
+    spec.visual.headlight.diffuse = [0.3] * 3
+    spec.visual.quality.shadowsize = 2048
+    spec.visual.rgba.haze = [0.55, 0.62, 0.70, 1.0]
     spec.visual.map.zfar = 60.0
     spec.visual.global_.offwidth, spec.visual.global_.offheight = 1280, 720
     spec.add_texture(

@@ -46,20 +46,19 @@ class Bench:
     worlds and from the same states: the robots of both fall and stand alike.
     """
 
-    def __init__(self, config: HumanoidEnvConfig, horizon: int = 24) -> None:
+    def __init__(self, config: HumanoidEnvConfig) -> None:
         start = time.perf_counter()
         self.env = HumanoidBaseEnv(config)
         self.build_seconds = time.perf_counter() - start
-        self.horizon = horizon
-        self.threads = self.env.simulation.num_threads
         self._raw = make_simulation(self.env.simulation.model, config.num_envs)
         self._agent = PPOAgent(self.env, PPOConfig())
+        self.horizon = self._agent.config.horizon
         self._generator = torch.Generator().manual_seed(0)
         self._actions = [
-            0.5 * torch.randn(self.env.action_space.shape, generator=self._generator)
-            for _ in range(horizon)
+            0.5 * torch.randn(self.env.num_envs, self.env.robot.num_joints, generator=self._generator)
+            for _ in range(self.horizon)
         ]
-        self._controls = [self.env.simulation.ctrl.clone()] * horizon
+        self._controls = [self.env.simulation.ctrl.clone()] * self.horizon
 
     def env_steps(self) -> None:
         """``env.step``, ``horizon`` times: observations, rewards and resets included."""

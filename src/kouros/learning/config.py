@@ -18,17 +18,17 @@ Activation = Literal["elu", "relu", "silu", "tanh"]
 class PPOConfig:
     """Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347)."""
 
-    horizon: int = 24
+    horizon: int = 12
     """Control steps each world takes between updates."""
     epochs: int = 5
     """Passes over the collected samples in one update."""
-    minibatches: int = 8
+    minibatches: int = 4
     """Parts the samples are split into; each is one gradient step an epoch."""
     learning_rate: float = 3e-4
     """Adam's step size."""
-    gamma: float = 0.99
+    gamma: float = 0.97
     """Discount per control step."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """Weight of longer returns in the advantage (Schulman et al. 2015, arXiv 1506.02438)."""
     clip: float = 0.2
     """Probability ratio beyond which a sample stops pulling."""
@@ -36,7 +36,7 @@ class PPOConfig:
     """Clip the change of the value estimate likewise."""
     value_weight: float = 1.0
     """Weight of the value loss."""
-    entropy_weight: float = 0.003
+    entropy_weight: float = 0.001
     """Weight of the entropy bonus."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""

@@ -58,7 +58,7 @@ def write_video(
       RuntimeError: this machine can draw nothing; the message says what to install.
       ValueError: the size is more than the renderer has, or not even.
     """
-    import imageio.v2 as imageio
+    import imageio_ffmpeg
 
     if size[0] % 2 or size[1] % 2 or size[0] > 1280 or size[1] > 720:
         raise ValueError(f"width x height = {size}: even numbers up to 1280 x 720")
@@ -67,14 +67,16 @@ def write_video(
     dt = config.control_dt
     every = max(1, round(1.0 / (fps * dt)))
     steps = round(seconds / dt)
-    with (
-        replacing(path) as temporary,
-        imageio.get_writer(temporary, fps=1.0 / (every * dt), macro_block_size=2, quality=7) as video,
-    ):
+    with replacing(path) as temporary:
+        video = imageio_ffmpeg.write_frames(
+            str(temporary), size, fps=1.0 / (every * dt), macro_block_size=2, quality=7
+        )
+        video.send(None)  # starts the encoder
         for step in track(range(steps), f"writing {path}", transient=True):
             robot.step(command or TOUR[step * len(TOUR) // steps])
             if step % every == 0:
-                video.append_data(camera.picture(robot.env.simulation.data(0)))
+                video.send(camera.picture(robot.env.simulation.data(0)))
+        video.close()
     camera.close()
 
 

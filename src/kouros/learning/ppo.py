@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from kouros.learning.networks import (
     project,
     reflection,
 )
+from kouros.threads import torch_threads
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ class PPOAgent:
 
     Where the environment offers more, it is used: ``info["critic_obs"]`` (with
     ``critic_observation_space``) for an asymmetric critic, ``mirror`` for symmetric networks,
-    ``info["metrics"]`` with ``metric_names`` for the log, ``state_dict`` for exact resume.
+    ``info["metrics"]`` ``(len(metric_names), num_envs)`` for the log, ``state_dict`` for exact resume.
 
     Attributes:
       actor, critic: the networks.
@@ -119,7 +119,7 @@ class PPOAgent:
         device: str | torch.device | None = None,
     ) -> None:
         self.env, self.seed, self.config = env, seed, config or PPOConfig()
-        self.device = torch.device(device or getattr(env, "device", "cpu"))
+        self.device = torch.device(device or getattr(env, "device", None) or "cpu")
         config = self.config
         obs_dim = _box_size("observation", env.single_observation_space)
         action_dim = _box_size("action", env.single_action_space)
@@ -130,7 +130,7 @@ class PPOAgent:
                 f"minibatches={config.minibatches}: must divide horizon x num_envs = "
                 f"{config.horizon} x {env.num_envs} = {samples}"
             )
-        space = env.single_action_space
+        space: Any = env.single_action_space
         if config.squash and not np.isfinite([space.low, space.high]).all():
             raise ValueError("squash=True: the action space has no bounds; use squash=False")
         self._low = torch.as_tensor(space.low, device=self.device)
@@ -145,9 +145,7 @@ class PPOAgent:
         critic_dim = _box_size("critic observation", critic_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.actor = ActorNetwork(
-                obs_dim, action_dim, config.actor_hidden, *shared, config.initial_std
-            )
+            self.actor = ActorNetwork(obs_dim, action_dim, config.actor_hidden, *shared, config.initial_std)
             self.critic = CriticNetwork(critic_dim, config.critic_hidden, *shared)
         self._mirror = getattr(env, "mirror", None) if config.symmetric else None
         actor_mirror = critic_mirror = None
@@ -161,10 +159,8 @@ class PPOAgent:
         self.iteration = 0
         self.total_steps = 0
         self._seconds = {"env": 0.0, "policy": 0.0}
-        self._obs: torch.Tensor | None = None
-        self._critic_obs: torch.Tensor | None = None
-        self._was_done = torch.zeros(env.num_envs, dtype=torch.bool, device=self.device)
-        self._episodes = {"return": 0.0, "length": 0.0}
+        self._now: dict[str, torch.Tensor] | None = None
+        self._episodes: dict[str, float] = {}
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, deterministic: bool = True) -> torch.Tensor:
@@ -186,76 +182,80 @@ class PPOAgent:
         return torch.as_tensor(value, dtype=dtype, device=self.device)
 
     def _env_step(self, action: torch.Tensor):
-        if not hasattr(self.env, "device"):  # an environment of NumPy arrays
-            action = action.cpu().numpy()
-        return self.env.step(action)
+        if hasattr(self.env, "device"):
+            return self.env.step(action)
+        return self.env.step(action.cpu().numpy())  # an environment of NumPy arrays
 
-    def _start(self) -> None:
+    def _start(self) -> dict[str, torch.Tensor]:
+        """What goes on from rollout to rollout: the last observations and the episodes under way."""
         obs, info = self.env.reset(seed=self.seed)
-        self._obs = self._tensor(obs)
-        self._critic_obs = self._tensor(info.get("critic_obs", obs))
+        n = self.env.num_envs
+        return {
+            "obs": self._tensor(obs),
+            "critic_obs": self._tensor(info.get("critic_obs", obs)),
+            "resetting": torch.zeros(n, dtype=torch.bool, device=self.device),
+            "return": torch.zeros(n, device=self.device),
+            "length": torch.zeros(n, device=self.device),
+        }
 
     @torch.no_grad()
     def collect_rollouts(self) -> tuple[Rollout, dict[str, float]]:
         """Run the policy for ``horizon`` steps; also what happened, for the log."""
-        if self._obs is None:
-            self._start()
+        now = self._now = self._now or self._start()
         steps: list[dict[str, torch.Tensor]] = []
         metrics, ends = [], []
         for _ in range(self.config.horizon):
             start = time.perf_counter()
-            mean, log_std = self.actor(self._obs), self.actor.bounded_log_std()
+            mean, log_std = self.actor(now["obs"]), self.actor.bounded_log_std()
             actions = mean + log_std.exp() * self._noise(mean.shape)
             log_probs = log_prob(actions, mean, log_std)
             middle = time.perf_counter()
-            obs, rewards, terminated, truncated, info = self._env_step(self._to_env(actions))
+            obs, reward, terminated, truncated, info = self._env_step(self._to_env(actions))
             self._seconds["policy"] += middle - start
             self._seconds["env"] += time.perf_counter() - middle
 
-            obs = self._tensor(obs)
-            critic_obs = self._tensor(info.get("critic_obs", obs))
-            terminated = self._tensor(terminated, torch.bool)
+            rewards, terminated = self._tensor(reward), self._tensor(terminated, torch.bool)
             done = terminated | self._tensor(truncated, torch.bool)
-            final = critic_obs
-            if not self._next_step_reset and "final_obs" in info:
-                final = self._final_obs(info, critic_obs)
+            critic_obs = self._tensor(info.get("critic_obs", obs))
             steps.append(
                 {
-                    "obs": self._obs,
-                    "critic_obs": self._critic_obs,
-                    "next_critic_obs": final,
+                    "obs": now["obs"],
+                    "critic_obs": now["critic_obs"],
+                    "next_critic_obs": self._final_obs(info, critic_obs),
                     "actions": actions,
                     "log_probs": log_probs,
-                    "rewards": self._tensor(rewards),
+                    "rewards": rewards,
                     "terminated": terminated,
                     "done": done,
-                    "valid": ~self._was_done,
+                    "valid": ~now["resetting"],
                 }
             )
+            now["return"] += rewards
+            now["length"] += ~now["resetting"]
+            ends.append(torch.stack((done.float(), now["return"] * done, now["length"] * done)).sum(1))
+            now["return"].masked_fill_(done, 0.0)
+            now["length"].masked_fill_(done, 0.0)
             if self._next_step_reset:
-                self._was_done = done
-            self._obs, self._critic_obs = obs, critic_obs
+                now["resetting"] = done
+            now["obs"], now["critic_obs"] = self._tensor(obs), critic_obs
             if "metrics" in info:
                 metrics.append(info["metrics"])
-            if "episode" in info:
-                finished = self._tensor(info["_episode"], torch.bool)
-                r, l = self._tensor(info["episode"]["r"]), self._tensor(info["episode"]["l"])
-                ends.append(torch.stack((finished.sum(), r[finished].sum(), l[finished].sum())))
         rollout = Rollout(**{key: torch.stack([s[key] for s in steps]) for key in steps[0]})
         self.total_steps += rollout.rewards.numel()
         log = {"reward/mean": float(rollout.rewards.mean())}
         if metrics:
-            means = torch.stack(metrics).mean(0).tolist()
-            log |= dict(zip(self.env.metric_names, means, strict=True))
-        if ends:
-            count, total, length = torch.stack(ends).sum(0).tolist()
-            if count:
-                self._episodes = {"return": total / count, "length": length / count}
-        log |= {f"episode/{key}": value for key, value in self._episodes.items()}
-        return rollout, log
+            means = torch.stack(metrics).mean((0, 2)).tolist()
+            log |= dict(zip(getattr(self.env, "metric_names"), means, strict=True))  # noqa: B009
+        count, total, length = torch.stack(ends).sum(0).tolist()
+        if count:
+            self._episodes = {"episode/return": total / count, "episode/length": length / count}
+        return rollout, log | self._episodes
 
     def _final_obs(self, info: dict[str, Any], critic_obs: torch.Tensor) -> torch.Tensor:
-        final = info.get("final_critic_obs", info["final_obs"])
+        """What followed the step within its own episode: not the next episode's first observation."""
+        final = info.get("final_critic_obs", info.get("final_obs"))
+        if self._next_step_reset or final is None:
+            return critic_obs
         if isinstance(final, torch.Tensor):
             return final
         rows = np.flatnonzero(info["_final_obs"])  # Gymnasium: an object array with gaps
@@ -296,7 +296,8 @@ class PPOAgent:
             for _ in range(config.epochs)
             for rows in self._shuffle(len(batch["obs"])).chunk(config.minibatches)
         ]
-        with _one_thread_each():
+        # Half the threads for each network: layers this small gain little from more than one.
+        with torch_threads(max(1, torch.get_num_threads() // 2)):
             critic = self._second_thread.submit(self._update_critic, batch, minibatches)
             log = self._update_actor(batch, minibatches)
             log |= critic.result()
@@ -375,7 +376,10 @@ class PPOAgent:
         for _ in range(iterations):
             start = time.perf_counter()
             self._seconds = {"env": 0.0, "policy": 0.0}
-            rollout, log = self.collect_rollouts()
+            simulation = getattr(self.env, "simulation", None)
+            physics = -simulation.seconds if simulation else 0.0
+            with torch_threads(1):
+                rollout, log = self.collect_rollouts()
             middle = time.perf_counter()
             if self.iteration == 0 and self.config.normalize_observations:
                 self._update_normalizers(rollout)  # the first samples only set the scale
@@ -384,6 +388,8 @@ class PPOAgent:
             self.iteration += 1
             end = time.perf_counter()
             log["time/iteration"] = end - start
+            if simulation:
+                log["time/physics"] = physics + simulation.seconds
             log["time/env"] = self._seconds["env"]
             log["time/policy"] = self._seconds["policy"]
             log["time/learning"] = end - middle
@@ -413,7 +419,10 @@ class PPOAgent:
             if self._next_step_reset:
                 resetting = done
         self._obs = None
-        return {"return": float(total.sum() / count.sum()), "length": float(length.sum() / count.sum())}
+        return {
+            "return": float(total.sum() / count.sum()),
+            "length": float(length.sum() / count.sum()),
+        }
 
     def policy_state(self) -> dict[str, Any]:
         """The policy alone: its configuration and weights."""
@@ -435,9 +444,7 @@ class PPOAgent:
             "iteration": self.iteration,
             "total_steps": self.total_steps,
             "episodes": self._episodes,
-            "obs": self._obs,
-            "critic_obs": self._critic_obs,
-            "was_done": self._was_done,
+            "now": self._now,
         }
         if hasattr(self.env, "state_dict"):
             resume["env"] = self.env.state_dict()
@@ -469,8 +476,7 @@ class PPOAgent:
             raise ValueError(f"checkpoint {path}: of other observations or actions: {error}") from error
         if "env" in resume and hasattr(self.env, "load_state_dict"):
             self.env.load_state_dict(resume["env"])
-            self._obs, self._critic_obs = resume["obs"], resume["critic_obs"]
-            self._was_done = resume["was_done"]
+            self._now = resume["now"]
         self._actor_learner.optimizer.load_state_dict(resume["actor_optimizer"])
         self._critic_learner.optimizer.load_state_dict(resume["critic_optimizer"])
         self._actor_learner.skipped, self._critic_learner.skipped = resume["skipped"]
@@ -495,7 +501,7 @@ class _Learner:
             with torch.no_grad():
                 for p in parameters:
                     # Of independent weights the projection keeps half the variance.
-                    p *= math.sqrt(2.0) if p.dim() == 2 else 1.0
+                    p.mul_(math.sqrt(2.0) if p.dim() == 2 else 1.0)
         # All gradients in one vector: clipping, projection and the check are one operation each.
         self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
         for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters]), strict=True):
@@ -522,17 +528,6 @@ class _Learner:
         else:
             self.skipped += 1
         return norm
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Half the threads for each of two networks: on small layers two threads gain nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _box_size(what: str, space: gymnasium.Space) -> int:

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,13 +32,13 @@ from kouros.robots import get_robot
 COLUMNS = (
     ("iteration", "iteration", "{:.0f}"),
     ("steps, M", "steps", "{:.2f}"),
-    ("reward", "reward/total", "{:.2f}"),
+    ("reward a step", "reward/mean", "{:.3f}"),
     ("episode", "episode/length", "{:.0f}"),
     ("velocity error, m/s", "task/velocity_error", "{:.2f}"),
     ("yaw error, rad/s", "task/yaw_rate_error", "{:.2f}"),
     ("harness", "task/harness", "{:.2f}"),
     ("steps/s", "time/steps_per_second", "{:,.0f}"),
-    ("env / policy / learning, s", "time", "{}"),
+    ("physics / env / policy / learning, s", "time", "{}"),
 )
 
 
@@ -80,7 +80,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
         def after_iteration(log: dict[str, float]) -> bool:
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
-            log |= {"iteration": agent.iteration, "steps": agent.total_steps / 1e6, "minutes": minutes}
+            log |= {
+                "iteration": agent.iteration,
+                "steps": agent.total_steps / 1e6,
+                "minutes": minutes,
+            }
             logger.write(log)
             display.show(log)
             if agent.iteration % config.save_interval == 0:
@@ -148,7 +152,7 @@ class RunLogger:
         self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         purge = self.rows[-1]["iteration"] + 1 if self.rows else None
         self._board = SummaryWriter(str(folder), purge_step=purge)
 
@@ -206,7 +210,15 @@ def plot_learning_curve(rows: list[dict[str, float]], path: Path) -> None:
     terms = [k for k in rows[-1] if k.startswith("reward/") and k != "reward/mean"]
     draw(rewards, sorted(terms, key=lambda k: -abs(rows[-1][k]))[:8])
     rewards.set_title("reward per second, largest terms")
-    draw(learning, ["learning/approx_kl", "learning/clip_fraction", "learning/explained_variance", "learning/std"])
+    draw(
+        learning,
+        [
+            "learning/approx_kl",
+            "learning/clip_fraction",
+            "learning/explained_variance",
+            "learning/std",
+        ],
+    )
     learning.set_title("learning")
     figure.suptitle(f"{rows[-1]['minutes']:.1f} minutes, {x[-1]:.2f} M steps")
     with replacing(path) as temporary:
@@ -255,7 +267,8 @@ class _Display:
     @staticmethod
     def _cell(key: str, form: str, log: dict[str, float]) -> str:
         if key == "time":
-            return " / ".join(f"{log[f'time/{part}']:.2f}" for part in ("env", "policy", "learning"))
+            parts = ("physics", "env", "policy", "learning")
+            return " / ".join(f"{log[f'time/{part}']:.2f}" for part in parts)
         return form.format(log[key]) if key in log else "-"
 
 
@@ -263,6 +276,9 @@ class _Display:
 def _finish_iteration_on_interrupt() -> Iterator[Any]:
     """Ctrl-C and SIGTERM end the run after the iteration in hand; a second one at once."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # no signals to be had there
+        yield lambda: False
+        return
 
     def handler(number: int, frame: object) -> None:
         if received:

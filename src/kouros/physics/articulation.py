@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kouros.checks import check_choice
@@ -41,11 +42,14 @@ class ArticulationView:
         self.joint_qvel = _index(model.joint(n).dofadr[0] for n in robot.joint_names)
         self.joint_ctrl = _index(model.actuator(n).id for n in robot.joint_names)
         actuators = torch.tensor([model.actuator(n).id for n in robot.joint_names])
-        options = {"device": simulation.device, "dtype": simulation.dtype}
-        self._gain = torch.as_tensor(model.actuator_gainprm[actuators, 0], **options)
-        self._stiffness = torch.as_tensor(-model.actuator_biasprm[actuators, 1], **options)
-        self._damping = torch.as_tensor(-model.actuator_biasprm[actuators, 2], **options)
-        default = torch.as_tensor(robot.default_joint_pos, **options)
+
+        def constant(values: np.ndarray) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=simulation.dtype, device=simulation.device)
+
+        self._gain = constant(model.actuator_gainprm[actuators, 0])
+        self._stiffness = constant(-model.actuator_biasprm[actuators, 1])
+        self._damping = constant(-model.actuator_biasprm[actuators, 2])
+        default = constant(robot.default_joint_pos)
         self._position_target = default.repeat(simulation.num_worlds, 1)
         self._velocity_target = torch.zeros_like(self._position_target)
         self._effort_target = torch.zeros_like(self._position_target)
@@ -178,18 +182,19 @@ class ArticulationView:
         rows = torch.as_tensor(env_ids, device=self.simulation.device)
         if rows.dtype == torch.bool or rows.is_floating_point() or rows.dim() != 1:
             raise ValueError(
-                f"env_ids of shape {tuple(rows.shape)} and type {rows.dtype}: "
-                "use world indices, (n,) int"
+                f"env_ids of shape {tuple(rows.shape)} and type {rows.dtype}: use world indices, (n,) int"
             )
         return rows
 
-    def _get(
-        self, values: torch.Tensor, env_ids: EnvIds, columns: Index = slice(None)
-    ) -> torch.Tensor:
+    def _get(self, values: torch.Tensor, env_ids: EnvIds, columns: Index = slice(None)) -> torch.Tensor:
         return values[self._rows(env_ids)][:, columns].clone()
 
     def _set(
-        self, target: torch.Tensor, value: torch.Tensor, env_ids: EnvIds, columns: Index = slice(None)
+        self,
+        target: torch.Tensor,
+        value: torch.Tensor,
+        env_ids: EnvIds,
+        columns: Index = slice(None),
     ) -> None:
         rows = self._rows(env_ids)
         value = torch.as_tensor(value, dtype=target.dtype, device=target.device)
@@ -204,7 +209,12 @@ class ArticulationView:
             + self._damping * self._velocity_target
             + self._effort_target
         )
-        self._set(self.simulation.ctrl, (force / self._gain)[self._rows(env_ids)], env_ids, self.joint_ctrl)
+        self._set(
+            self.simulation.ctrl,
+            (force / self._gain)[self._rows(env_ids)],
+            env_ids,
+            self.joint_ctrl,
+        )
 
     def _require(self, gain: torch.Tensor, what: str, modes: str) -> None:
         if not bool((gain != 0).all()):

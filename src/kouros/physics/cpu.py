@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 
 import mujoco
@@ -43,6 +44,7 @@ class CpuSimulation(Simulation):
         self._state = _tensor(self._batch.state)
         self.qpos, self.qvel, self.ctrl = (self.field(name) for name in ("qpos", "qvel", "ctrl"))
         self.sensordata = self.field("sensordata")
+        self.seconds = 0.0
 
     @property
     def num_threads(self) -> int:
@@ -60,7 +62,9 @@ class CpuSimulation(Simulation):
         self._batch.set_const(_ids(mask))
 
     def step(self, n: int = 1) -> None:
+        start = time.perf_counter()
         self._batch.step(nstep=n)
+        self.seconds += time.perf_counter() - start
 
     def forward(self, mask: torch.Tensor | None = None) -> None:
         ids = _ids(mask)
@@ -72,9 +76,13 @@ class CpuSimulation(Simulation):
         if ids is None or len(ids):
             self._batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
 
+    def may_have(self, mask: torch.Tensor) -> bool:
+        return bool(mask.any())
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         fields = {
-            f"model.{name}": _tensor(values).clone() for name in MODEL_FIELDS
+            f"model.{name}": _tensor(values).clone()
+            for name in MODEL_FIELDS
             if (values := self._batch.expanded(name)) is not None
         }
         return {"state": self._state.clone(), "sensordata": self.sensordata.clone(), **fields}

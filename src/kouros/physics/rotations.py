@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 
@@ -21,32 +19,10 @@ def rotate_inverse(quat: torch.Tensor, vec: torch.Tensor) -> torch.Tensor:
     return vec - w * t + torch.linalg.cross(xyz, t)
 
 
-def matrix_from_quat(quat: torch.Tensor) -> torch.Tensor:
-    """Rotation matrix ``R(quat)``, ``(n, 3, 3)``, from unit quaternions ``(n, 4)``."""
-    products = (quat.unsqueeze(-1) * quat.unsqueeze(-2)).flatten(-2)
-    return (products @ _products_to_matrix(quat.dtype, quat.device)).unflatten(-1, (3, 3))
-
-
-@functools.cache
-def _products_to_matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The linear map from the 16 products of a quaternion's components to its 9 matrix entries."""
-    ww, wx, wy, wz, xx, xy, xz, yy, yz, zz = 0, 1, 2, 3, 5, 6, 7, 10, 11, 15
-    entries = (
-        {ww: 1, xx: 1, yy: -1, zz: -1},
-        {xy: 2, wz: -2},
-        {xz: 2, wy: 2},
-        {xy: 2, wz: 2},
-        {ww: 1, xx: -1, yy: 1, zz: -1},
-        {yz: 2, wx: -2},
-        {xz: 2, wy: -2},
-        {yz: 2, wx: 2},
-        {ww: 1, xx: -1, yy: -1, zz: 1},
-    )
-    table = torch.zeros(16, 9, dtype=dtype)
-    for column, entry in enumerate(entries):
-        for row, factor in entry.items():
-            table[row, column] = factor
-    return table.to(device)
+def up_in_body(quat: torch.Tensor) -> torch.Tensor:
+    """The world's upward direction seen from the body, ``(..., 3)``: the third row of ``R(quat)``."""
+    w, x, y, z = quat.unbind(-1)
+    return torch.stack((2.0 * (x * z - w * y), 2.0 * (y * z + w * x), 1.0 - 2.0 * (x * x + y * y)), dim=-1)
 
 
 def yaw_of(quat: torch.Tensor) -> torch.Tensor:

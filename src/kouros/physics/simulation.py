@@ -29,6 +29,7 @@ class Simulation(abc.ABC):
         velocity (body frame).
       ctrl: ``(num_worlds, nu)``, in the actuators' units.
       sensordata: ``(num_worlds, nsensordata)``; :meth:`sensor` gives one sensor's columns.
+      seconds: wall-clock time spent in :meth:`step` so far.
     """
 
     model: mujoco.MjModel
@@ -39,6 +40,7 @@ class Simulation(abc.ABC):
     qvel: torch.Tensor
     ctrl: torch.Tensor
     sensordata: torch.Tensor
+    seconds: float
 
     @abc.abstractmethod
     def field(self, name: str) -> torch.Tensor:
@@ -80,6 +82,10 @@ class Simulation(abc.ABC):
 
         Derived fields follow at the next :meth:`forward` or :meth:`step`.
         """
+
+    @abc.abstractmethod
+    def may_have(self, mask: torch.Tensor) -> bool:
+        """False where it is known without waiting that the mask is empty: work for it can be left out."""
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -71,9 +71,7 @@ class Robot:
     def num_joints(self) -> int:
         return len(self.joint_names)
 
-    def spec(
-        self, control_mode: ControlMode = "position", collisions: Collisions = "feet"
-    ) -> mujoco.MjSpec:
+    def spec(self, control_mode: ControlMode = "position", collisions: Collisions = "feet") -> mujoco.MjSpec:
         """The robot alone (no ground, no light) with servos and sensors, ready for a scene.
 
         Each joint has one actuator of its own name, whose force is
@@ -89,9 +87,10 @@ class Robot:
 
         Sensors: ``imu_gyro`` (rad/s), ``imu_accelerometer`` (m/s^2), ``imu_orientation``
         (quaternion, world frame) and ``imu_linear_velocity`` (m/s, IMU frame, not measurable on a
-        real robot); ``torso_up`` (the torso's z axis, world frame); for each site of ``feet`` and ``hands``, ``<site>_position`` (m, world frame);
-        for each of ``feet`` also ``<site>_velocity`` (m/s, world frame) and ``<site>_contact``
-        (number of contacts, then the net force on the foot, N, world frame).
+        real robot); ``torso_up`` (the torso's z axis, world frame); for each site of ``feet`` and
+        ``hands``, ``<site>_position`` (m, world frame); for each of ``feet``, left then right, also
+        ``<site>_velocity`` (m/s, world frame) and ``<site>_contact`` (number of contacts, then the
+        net force of the ground on the foot, N, world frame).
 
         Raises:
           ValueError: unknown ``control_mode`` or ``collisions``.
@@ -100,9 +99,7 @@ class Robot:
         check_choice("collisions", collisions, get_args(Collisions))
         spec = self.build(collisions)
         for i, joint in enumerate(self.joint_names):
-            actuator = spec.add_actuator(
-                name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT
-            )
+            actuator = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT)
             kp, kd = float(self.stiffness[i]), float(self.damping[i])
             if control_mode == "position":
                 actuator.set_to_position(kp=kp, kv=kd)
@@ -128,7 +125,10 @@ class Robot:
             at_site(f"{site}_position", sensor.mjSENS_FRAMEPOS, site)
         for site in self.feet:
             at_site(f"{site}_velocity", sensor.mjSENS_FRAMELINVEL, site)
-        found, force = mujoco.mjtConDataField.mjCONDATA_FOUND, mujoco.mjtConDataField.mjCONDATA_FORCE
+        found, force = (
+            mujoco.mjtConDataField.mjCONDATA_FOUND,
+            mujoco.mjtConDataField.mjCONDATA_FORCE,
+        )
         for site, body in zip(self.feet, self.foot_bodies, strict=True):
             contact = spec.add_sensor(
                 name=f"{site}_contact",
