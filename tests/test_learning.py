@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import gymnasium
 import numpy as np
@@ -15,9 +16,8 @@ from hypothesis import strategies as st
 
 from conftest import make_env
 from kouros.learning import checkpoint
-from kouros.learning.config import PPOConfig
+from kouros.learning.config import STD_RANGE, PPOConfig
 from kouros.learning.networks import (
-    LOG_STD_RANGE,
     ActorNetwork,
     CriticNetwork,
     Normalizer,
@@ -89,7 +89,7 @@ def test_std_bounds_are_fixed() -> None:
     assert {name for name, _ in actor.named_parameters() if "std" in name} == {"log_std"}
     with torch.no_grad():
         actor.log_std[:] = torch.tensor([-50.0, 50.0])
-    assert actor.bounded_log_std().tolist() == pytest.approx(list(LOG_STD_RANGE))
+    assert actor.bounded_log_std().tolist() == pytest.approx([math.log(s) for s in STD_RANGE])
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -217,6 +217,8 @@ def test_rollout_never_crosses_an_episode(mode: AutoresetMode) -> None:
     assert rollout.valid.all() == (mode == AutoresetMode.SAME_STEP)
     agent.update(rollout)
     assert agent.evaluate(4)["length"] == 4.0
+    rollout, _ = agent.collect_rollouts()  # after an evaluation: from the beginning of an episode
+    assert (rollout.obs[0] == 0.0).all()
 
 
 def test_gradient_of_the_actor_loss_by_finite_differences() -> None:

@@ -13,6 +13,9 @@ from kouros.envs.config import TASKS, HumanoidEnvConfig
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
 
+# Bounds of the actions' standard deviation. Fixed, not learnt: exploration neither dies nor explodes.
+STD_RANGE = (0.05, 2.0)
+
 
 @dataclasses.dataclass
 class PPOConfig:
@@ -34,8 +37,6 @@ class PPOConfig:
     """Probability ratio beyond which a sample stops pulling."""
     value_clip: bool = True
     """Clip the change of the value estimate likewise."""
-    value_weight: float = 1.0
-    """Weight of the value loss."""
     entropy_weight: float = 0.001
     """Weight of the entropy bonus."""
     max_grad_norm: float = 1.0
@@ -61,13 +62,14 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, get_args(Activation))
-        positive = "horizon epochs minibatches learning_rate clip max_grad_norm initial_std"
+        positive = "horizon epochs minibatches learning_rate clip max_grad_norm"
         for name in positive.split():
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
         for name in ("gamma", "gae_lambda"):
             require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
-        for name in ("value_weight", "entropy_weight"):
-            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        require(self, "entropy_weight", self.entropy_weight >= 0, "must not be negative")
+        low, high = STD_RANGE
+        require(self, "initial_std", low <= self.initial_std <= high, f"must lie in [{low:g}, {high:g}]")
         for name in ("actor_hidden", "critic_hidden"):
             require(self, name, all(n > 0 for n in getattr(self, name)), "sizes must be positive")
 

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from kouros.learning.config import STD_RANGE
+
 ACTIVATIONS = {"elu": nn.ELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 # A reflection of a vector space as a signed permutation: mirrored = sign * x[..., index].
 Mirror = tuple[torch.Tensor, torch.Tensor]
-
-# Fixed, not learnt: exploration neither dies nor explodes.
-LOG_STD_RANGE = (math.log(0.05), math.log(2.0))
 
 
 class Normalizer(nn.Module):
@@ -115,7 +114,7 @@ class ActorNetwork(nn.Module):
 
     def bounded_log_std(self) -> torch.Tensor:
         """Logarithm of each action's deviation, ``(action_dim,)``."""
-        return self.log_std.clamp(*LOG_STD_RANGE)
+        return self.log_std.clamp(*map(math.log, STD_RANGE))
 
 
 class CriticNetwork(nn.Module):

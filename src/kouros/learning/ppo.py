@@ -418,7 +418,7 @@ class PPOAgent:
             count += done & counts
             if self._next_step_reset:
                 resetting = done
-        self._obs = None
+        self._now = None
         return {
             "return": float(total.sum() / count.sum()),
             "length": float(length.sum() / count.sum()),
