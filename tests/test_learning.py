@@ -187,6 +187,19 @@ def test_stored_actions_are_the_drawn_ones() -> None:
     torch.testing.assert_close(rollout.log_probs, expected)
 
 
+@pytest.mark.parametrize("squash", [False, True])
+def test_the_policy_is_the_mean_action_within_bounds(squash: bool) -> None:
+    agent = PPOAgent(Target(limit=0.1), dataclasses.replace(SMALL, squash=squash))
+    with torch.no_grad():
+        agent.actor.log_std.zero_()
+        agent.actor.mlp[-1].bias[:] = torch.tensor([3.0, -0.01])
+        obs = torch.randn(5, 2)
+        mean = agent.actor(obs).numpy()
+    expected = 0.1 * np.tanh(mean) if squash else np.clip(mean, -0.1, 0.1)
+    np.testing.assert_allclose(agent.act(obs), expected, atol=1e-6)
+    np.testing.assert_allclose(agent.actor.act(obs).detach(), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
 def test_rollout_never_crosses_an_episode(mode: AutoresetMode) -> None:
     """Pendulum's clock is in the observation here: what follows a step is one tick later."""

@@ -89,7 +89,7 @@ class TestRun:
             assert (parts / name).stat().st_size > 500
         assert list(parts.glob("events.out.tfevents*"))
         actor, config, contract = load_policy(parts)
-        assert actor(torch.zeros(1, 98)).shape == (1, 29)
+        assert actor.act(torch.zeros(1, 98)).shape == (1, 29)
         assert config.num_envs == 8
         assert contract["robot"] == "g1"
 
@@ -154,7 +154,8 @@ class TestRun:
 
 
 class TestExport:
-    def test_the_file_is_the_policy_alone(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("squash", [False, True])
+    def test_the_file_is_the_policy_alone(self, tmp_path: Path, squash: bool) -> None:
         """A loop that knows only the file and named sensors repeats the environment's targets."""
         import onnx
         import onnxruntime
@@ -163,10 +164,11 @@ class TestExport:
         from kouros.deploy.export import OnnxExporter
         from kouros.envs.contract import policy_sensors
 
-        folder = train(tiny(tmp_path / "run", 2 * 64))
-        actor, config, contract = load_policy(folder)
+        config = tiny(tmp_path / "run", 2 * 64)
+        config.ppo.squash = squash
+        actor, config, contract = load_policy(train(config))
         path = tmp_path / "policy.onnx"
-        difference = OnnxExporter(actor, contract).export(path, record_policy(actor, config))
+        difference = OnnxExporter(actor, contract).export(path, record_policy(actor.act, config))
         assert difference <= 1e-5
 
         meta = {p.key: p.value for p in onnx.load(path).metadata_props}
@@ -180,7 +182,7 @@ class TestExport:
             sensors = {k: v.numpy() for k, v in policy_sensors(env).items()}
             targets, state = session.run(None, {**sensors, "state": state})
             with torch.no_grad():
-                env.step(actor(env.observe()))
+                env.step(actor.act(env.observe()))
             np.testing.assert_allclose(targets, env.simulation.ctrl, atol=1e-5)
 
     def test_a_file_that_differs_is_not_written(self, tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ class TestExport:
 
         folder = train(tiny(tmp_path / "run", 64))
         actor, config, contract = load_policy(folder)
-        recording = record_policy(actor, config)
+        recording = record_policy(actor.act, config)
         recording["joint_targets"][500, 3] += 1e-3
         with pytest.raises(RuntimeError, match=r"differs from the trained one by 0\.001"):
             OnnxExporter(actor, contract).export(tmp_path / "policy.onnx", recording)

@@ -108,7 +108,7 @@ def evaluate(config: Eval) -> None:
     with Progress(transient=True) as progress:
         task = progress.add_task(f"{config.episodes} episodes of {config.seconds:g} s")
         result = evaluate_walk(
-            actor,
+            actor.act,
             env_config,
             config.episodes,
             config.seconds,
@@ -140,11 +140,11 @@ def play(config: Play) -> None:
 
     actor, env_config, _ = load_policy(config.policy)
     if config.viewer:
-        open_viewer(actor, env_config, config.command, config.seed)
+        open_viewer(actor.act, env_config, config.command, config.seed)
         return
     output = config.output or _beside(config.policy, "walk.mp4")
     write_video(
-        actor,
+        actor.act,
         env_config,
         output,
         config.command,
@@ -164,7 +164,7 @@ def export(config: Export) -> None:
     actor, env_config, contract = load_policy(config.policy)
     output = config.output or _beside(config.policy, "policy.onnx")
     exporter = OnnxExporter(actor, contract)
-    difference = exporter.export(output, record_policy(actor, env_config))
+    difference = exporter.export(output, record_policy(actor.act, env_config))
     print(f"saved {output} (replays 1,000 steps within {difference:.1g})")
 
 

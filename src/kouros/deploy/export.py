@@ -35,14 +35,14 @@ class PolicyGraph(nn.Module):
     with.
 
     Args:
-      actor: observations to mean actions.
+      actor: its ``act`` is the policy: observations to actions.
       contract: what the environment said of itself (``kouros.envs.contract``).
 
     Raises:
       ValueError: the policy observes something that is no sensor of a robot.
     """
 
-    def __init__(self, actor: nn.Module, contract: dict[str, Any]) -> None:
+    def __init__(self, actor: Any, contract: dict[str, Any]) -> None:
         super().__init__()
         self.actor, self.contract = actor, contract
         for term in contract["observations"]:
@@ -76,7 +76,7 @@ class PolicyGraph(nn.Module):
         }
         obs = torch.cat([terms[term["name"]] for term in contract["observations"]], dim=-1)
         limit = contract["action_limit"]
-        action = self.actor(obs).clamp(-limit, limit)
+        action = self.actor.act(obs).clamp(-limit, limit)
         cycles = contract["control_dt"] / contract["gait_period"]
         phase, coast = torch.frac(phase + cycles), (coast - cycles).clamp(min=0.0)
         next_state = torch.cat((action, phase, coast), dim=-1)
@@ -87,11 +87,11 @@ class OnnxExporter:
     """Writes a policy as a self-contained ONNX file and proves that it is the same policy.
 
     Args:
-      actor: observations to mean actions, normalizer included.
+      actor: its ``act`` is the policy, normalizer included.
       contract: what the environment said of itself; goes into the file's metadata.
     """
 
-    def __init__(self, actor: nn.Module, contract: dict[str, Any]) -> None:
+    def __init__(self, actor: Any, contract: dict[str, Any]) -> None:
         self.graph = PolicyGraph(actor.cpu(), contract).eval()
         self.contract = contract
 

@@ -91,7 +91,14 @@ class ActorNetwork(nn.Module):
       activation: ``elu``, ``relu``, ``silu`` or ``tanh``.
       layer_norm: normalize each hidden layer.
       initial_std: first deviation, in units of action.
+      squash: bound actions by tanh; else they are clipped.
+
+    Attributes:
+      low, high: ``(action_dim,)`` bounds of the actions that an environment takes; infinite at first.
     """
+
+    low: torch.Tensor
+    high: torch.Tensor
 
     def __init__(
         self,
@@ -101,16 +108,30 @@ class ActorNetwork(nn.Module):
         activation: str = "elu",
         layer_norm: bool = False,
         initial_std: float = 1.0,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         self.normalizer = Normalizer(obs_dim)
         # A small last layer: the first actions stay near zero, the default pose.
         self.mlp = make_mlp((obs_dim, *hidden, action_dim), activation, layer_norm, 0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(initial_std)))
+        self.squash = squash
+        self.register_buffer("low", torch.full((action_dim,), -math.inf))
+        self.register_buffer("high", torch.full((action_dim,), math.inf))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """Mean action, ``(..., action_dim)``."""
+        """Mean of the Gaussian, ``(..., action_dim)``."""
         return self.mlp(self.normalizer(obs))
+
+    def bound(self, action: torch.Tensor) -> torch.Tensor:
+        """What the environment is given for a draw from the Gaussian."""
+        if self.squash:
+            return self.low + 0.5 * (self.high - self.low) * (torch.tanh(action) + 1.0)
+        return action.clamp(self.low, self.high)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The action of the mean, as the environment takes it: the policy that is deployed."""
+        return self.bound(self(obs))
 
     def bounded_log_std(self) -> torch.Tensor:
         """Logarithm of each action's deviation, ``(action_dim,)``."""

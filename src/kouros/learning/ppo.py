@@ -133,8 +133,6 @@ class PPOAgent:
         space: Any = env.single_action_space
         if config.squash and not np.isfinite([space.low, space.high]).all():
             raise ValueError("squash=True: the action space has no bounds; use squash=False")
-        self._low = torch.as_tensor(space.low, device=self.device)
-        self._high = torch.as_tensor(space.high, device=self.device)
         self._next_step_reset = (
             env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) == AutoresetMode.NEXT_STEP
         )
@@ -145,8 +143,12 @@ class PPOAgent:
         critic_dim = _box_size("critic observation", critic_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.actor = ActorNetwork(obs_dim, action_dim, config.actor_hidden, *shared, config.initial_std)
+            self.actor = ActorNetwork(
+                obs_dim, action_dim, config.actor_hidden, *shared, config.initial_std, config.squash
+            )
             self.critic = CriticNetwork(critic_dim, config.critic_hidden, *shared)
+        self.actor.low.copy_(torch.as_tensor(space.low))
+        self.actor.high.copy_(torch.as_tensor(space.high))
         self._mirror = getattr(env, "mirror", None) if config.symmetric else None
         actor_mirror = critic_mirror = None
         if self._mirror:
@@ -168,15 +170,10 @@ class PPOAgent:
         action = self.actor(obs)
         if not deterministic:
             action = action + self.actor.bounded_log_std().exp() * self._noise(action.shape)
-        return self._to_env(action)
+        return self.actor.bound(action)
 
     def _noise(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, device=self.device)
-
-    def _to_env(self, action: torch.Tensor) -> torch.Tensor:
-        if self.config.squash:
-            return self._low + 0.5 * (self._high - self._low) * (torch.tanh(action) + 1.0)
-        return action.clamp(self._low, self._high)
 
     def _tensor(self, value: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.as_tensor(value, dtype=dtype, device=self.device)
@@ -210,7 +207,7 @@ class PPOAgent:
             actions = mean + log_std.exp() * self._noise(mean.shape)
             log_probs = log_prob(actions, mean, log_std)
             middle = time.perf_counter()
-            obs, reward, terminated, truncated, info = self._env_step(self._to_env(actions))
+            obs, reward, terminated, truncated, info = self._env_step(self.actor.bound(actions))
             self._seconds["policy"] += middle - start
             self._seconds["env"] += time.perf_counter() - middle
 

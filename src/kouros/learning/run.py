@@ -297,7 +297,7 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
     """A trained policy from a run folder, a ``.pt`` file or the name of a shipped one.
 
     Returns:
-      The actor network (observations to mean actions), the configuration of its environment and its
+      The actor network (its ``act`` is the policy), the configuration of its environment and its
       contract.
 
     Raises:
@@ -319,6 +319,7 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
         ppo.actor_hidden,
         ppo.activation,
         ppo.layer_norm,
+        squash=ppo.squash,
     )
     actor.load_state_dict(weights)
     env_config = from_plain(HumanoidEnvConfig, content["env"])
