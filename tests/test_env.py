@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import mujoco
 import numpy as np
@@ -409,6 +410,9 @@ class TestBadInput:
             ({"command_vx": (1.0, 0.0)}, r"command_vx=\(1.0, 0.0\): must be \(lowest, highest\)"),
             ({"standing_fraction": 1.5}, "standing_fraction=1.5"),
             ({"harness": 2.0}, "harness=2.0"),
+            ({"timestep": math.inf}, "timestep=inf: must be finite"),
+            ({"command_vx": (math.nan, 1.0)}, "command_vx=.*: must be finite"),
+            ({"rewards": {"alive": math.nan}}, "rewards=.*: must be finite"),
             ({"control_mode": "torque"}, "control_mode='torque'"),
         ],
     )

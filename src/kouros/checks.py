@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 def check_choice(field: str, value: object, choices: Iterable[str]) -> None:
@@ -19,3 +22,14 @@ def require(config: object, field: str, ok: bool, rule: str) -> None:
     """Raise ``ValueError`` with the field's value and the rule unless ``ok``."""
     if not ok:
         raise ValueError(f"{field}={getattr(config, field)!r}: {rule}")
+
+
+def require_finite(config: Any) -> None:
+    """Raise ``ValueError`` if a number in a configuration, or in its tables, is NaN or infinite."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        )
+        for x in numbers:
+            require(config, field.name, not isinstance(x, float) or math.isfinite(x), "must be finite")

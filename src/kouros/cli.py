@@ -33,7 +33,7 @@ class Eval:
 
     def __post_init__(self) -> None:
         for name in ("episodes", "seconds"):
-            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+            require(self, name, 0 < getattr(self, name) < math.inf, "must be greater than 0, and finite")
 
 
 @dataclasses.dataclass

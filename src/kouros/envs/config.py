@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from kouros.checks import require
+from kouros.checks import require, require_finite
 
 WALK_REWARDS = {
     "track_linear_velocity": 3.0,
@@ -145,6 +145,7 @@ class HumanoidEnvConfig:
         return self.timestep * self.frame_skip
 
     def __post_init__(self) -> None:
+        require_finite(self)
         positive = (
             "num_envs timestep frame_skip solver_iterations line_search_iterations action_scale "
             "action_limit max_episode_length resampling_interval gait_period tracking_sigma tracking_time"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal, get_args
 
-from kouros.checks import check_choice, require
+from kouros.checks import check_choice, require, require_finite
 from kouros.envs.config import TASKS, HumanoidEnvConfig
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
@@ -61,6 +61,7 @@ class PPOConfig:
     and its mirror image get mirrored actions and equal values."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         check_choice("activation", self.activation, get_args(Activation))
         positive = "horizon epochs minibatches learning_rate clip max_grad_norm"
         for name in positive.split():
