@@ -28,8 +28,6 @@ def require_finite(config: Any) -> None:
     """Raise ``ValueError`` if a number in a configuration, or in its tables, is NaN or infinite."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        numbers = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
-        )
-        for x in numbers:
+        values = value.values() if isinstance(value, dict) else value
+        for x in values if isinstance(values, Iterable) else [values]:
             require(config, field.name, not isinstance(x, float) or math.isfinite(x), "must be finite")
