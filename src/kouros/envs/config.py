@@ -105,7 +105,7 @@ class HumanoidEnvConfig:
     harness: float = 1.0
     """Strength, 0 to 1, that each world's training harness begins with: springs that keep the base
     upright and up. It weakens by itself as the robot learns; the test of walking has none."""
-    harness_fall_time: float = 1.0
+    harness_fall_time: float = 0.7
     """Mean time between falls, s, beyond which a harness weakens."""
 
     actor_observations: tuple[str, ...] = (

@@ -27,7 +27,7 @@ class PPOConfig:
     """Passes over the collected samples in one update."""
     minibatches: int = 4
     """Parts the samples are split into; each is one gradient step an epoch."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 4e-4
     """Adam's step size."""
     gamma: float = 0.97
     """Discount per control step."""
