@@ -137,6 +137,17 @@ def test_autoreset_returns_the_next_episode_and_keeps_the_last_observation() -> 
     assert env.episode_length.tolist() == [0, 2, 2]
 
 
+def test_the_last_observation_differs_only_where_an_episode_ended() -> None:
+    """Also in the steps in which commands change."""
+    env = make_env(6, resampling_interval=0.1, max_episode_length=17)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        obs, _, terminated, truncated, info = env.step(random_actions(env, generator, 1.0))
+        done = terminated | truncated
+        for name, returned in (("final_obs", obs), ("final_critic_obs", info["critic_obs"])):
+            assert torch.equal((info[name] != returned).any(-1), done)
+
+
 def test_time_out_is_not_a_fall() -> None:
     env = make_env(2, max_episode_length=3)
     total = torch.zeros(2)
@@ -175,6 +186,10 @@ def test_same_seed_same_episodes() -> None:
         b, *_ = two.step(random_actions(two, g2))
     assert torch.equal(a, b)
     assert not torch.equal(one.command, other.command)
+    assert (one.harness != other.config.harness).any()
+    for _ in range(2):  # wherever it comes from, harness included
+        _, info = one.reset(seed=5)
+        assert torch.equal(info["critic_obs"], make_env(4, seed=5).reset(seed=5)[1]["critic_obs"])
 
 
 def test_n_plus_n_equals_2n_through_a_state_dict() -> None:
@@ -383,6 +398,9 @@ class TestBadInput:
             env.step(torch.zeros(2, 28))
         with pytest.raises(TypeError, match="int64"):
             env.step(torch.zeros(2, 29, dtype=torch.int64))
+        with pytest.raises(TypeError, match="float64, expected a float32"):
+            env.step(torch.zeros(2, 29, dtype=torch.float64))
+        env.step(torch.zeros(2, 29, requires_grad=True))  # the policy's own tensor is welcome
         with pytest.raises(TypeError, match="ndarray"):
             env.step(np.zeros((2, 29), np.float32))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="on meta"):
@@ -432,18 +450,68 @@ class TestBadInput:
             make_env(2).load_state_dict(make_env(3).state_dict())
 
 
-def test_every_config_field_is_documented_and_used() -> None:
-    """Each field appears in the code of the room besides its declaration."""
+# A value for each field that must show in what the environment returns.
+OTHER = {
+    "num_envs": 5,
+    "timestep": 0.004,
+    "frame_skip": 3,
+    "solver_iterations": 1,
+    "collisions": "full",
+    "control_mode": "effort",
+    "action_scale": 0.5,
+    "action_limit": 0.2,
+    "max_episode_length": 20,
+    "fall_tilt": 0.2,
+    "fall_height": 0.7,
+    "command_vx": (0.0, 0.1),
+    "command_vy": (0.0, 0.1),
+    "command_yaw": (0.0, 0.1),
+    "standing_fraction": 0.9,
+    "standing_command": 0.8,
+    "resampling_interval": 0.3,
+    "gait_period": 0.5,
+    "swing_fraction": 0.3,
+    "swing_height": 0.02,
+    "initial_joint_noise": 0.0,
+    "initial_velocity": 0.0,
+    "harness": 0.5,
+    "harness_fall_time": 0.1,
+    "actor_observations": ("command", "joint_pos"),
+    "critic_observations": ("base_height",),
+    "rewards": {"alive": 1.0},
+    "tracking_sigma": 0.2,
+    "tracking_time": 1.0,
+    "target_height": 0.8,
+    "pose_weights": {"knee": 1.0},
+}
+# One robot so far; the engine is bit-equal at any number of threads (test_physics); and the first point
+# of a line search is good enough for a robot that does not break.
+WITHOUT_EFFECT = {"robot", "num_threads", "line_search_iterations"}
+
+
+def trace(**changes: object) -> list[torch.Tensor]:
+    """What an environment returns in 40 steps of random actions, episodes ending both ways."""
+    env = make_env(**{"num_envs": 6, "max_episode_length": 30, "resampling_interval": 0.2, **changes})  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(40)]
+    returned = [torch.stack([s[i] for s in steps]).float() for i in range(4)]
+    return returned + [torch.stack([s[4][key] for s in steps]) for key in ("critic_obs", "metrics")]
+
+
+def test_every_field_has_an_effect_and_a_line_of_help() -> None:
     import inspect
-    from pathlib import Path
 
-    import kouros.envs
-
-    folder = Path(kouros.envs.__file__).parent
-    text = "".join(p.read_text() for p in folder.glob("*.py") if p.name != "config.py")
     source = inspect.getsource(HumanoidEnvConfig)
-    for field in dataclasses.fields(HumanoidEnvConfig):
-        assert field.name in text or f"self.{field.name}" in source
-        assert f"    {field.name}: " in source
-        after = source.split(f"    {field.name}: ", 1)[1].split('\n    """', 1)
+    fields = {field.name for field in dataclasses.fields(HumanoidEnvConfig)}
+    assert fields == set(OTHER) | WITHOUT_EFFECT
+    for name in fields:
+        after = source.split(f"\n    {name}: ", 1)[1].split('\n    """', 1)
         assert len(after) == 2
+        assert "\n\n" not in after[0]
+    assert make_env(1, line_search_iterations=7).simulation.model.opt.ls_iterations == 7
+    expected = trace()
+    assert all(torch.equal(a, b) for a, b in zip(expected, trace(), strict=True))
+    for name, value in OTHER.items():
+        found = trace(**{name: value})
+        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not same, f"{name}={value!r} changes nothing"

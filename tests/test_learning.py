@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import gymnasium
 import numpy as np
@@ -84,12 +83,16 @@ def test_normalizer_refuses_what_would_broadcast() -> None:
         Normalizer(4).update(torch.zeros(8, 1))
 
 
-def test_std_bounds_are_fixed() -> None:
-    actor = ActorNetwork(3, 2)
+def test_std_bounds_are_fixed_and_no_trap() -> None:
+    """Deviations stay in their range, whatever the gradient, and find back from its edge."""
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, entropy_weight=1e3, learning_rate=1.0))
+    actor = agent.actor
     assert {name for name, _ in actor.named_parameters() if "std" in name} == {"log_std"}
-    with torch.no_grad():
-        actor.log_std[:] = torch.tensor([-50.0, 50.0])
-    assert actor.bounded_log_std().tolist() == pytest.approx([math.log(s) for s in STD_RANGE])
+    agent.update(agent.collect_rollouts()[0])
+    assert actor.log_std.exp().tolist() == pytest.approx([STD_RANGE[1]] * 2)
+    agent.config.entropy_weight = -1e3
+    agent.update(agent.collect_rollouts()[0])
+    assert (actor.log_std.exp() < STD_RANGE[1]).all()
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -129,7 +132,7 @@ def test_projected_parameters_make_a_mirror_symmetric_network(seed: int, layer_n
     image = obs[1] * x[:, obs[0]]
     expected = action[1] * network(x)[:, action[0]]
     torch.testing.assert_close(network(image), expected, atol=1e-5, rtol=1e-4)
-    std = network.bounded_log_std()
+    std = network.log_std
     assert torch.equal(std, std[action[0]])
 
 
@@ -183,7 +186,7 @@ def test_stored_actions_are_the_drawn_ones() -> None:
     assert env.largest_action <= np.float32(0.1)
     assert rollout.actions.abs().max() > 1.0
     with torch.no_grad():
-        expected = log_prob(rollout.actions, agent.actor(rollout.obs), agent.actor.bounded_log_std())
+        expected = log_prob(rollout.actions, agent.actor(rollout.obs), agent.actor.log_std)
     torch.testing.assert_close(rollout.log_probs, expected)
 
 
@@ -250,7 +253,7 @@ def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
 
     def loss() -> torch.Tensor:
         a = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
-        log_std = agent.actor.bounded_log_std()
+        log_std = agent.actor.log_std
         ratio = (log_prob(batch["actions"], agent.actor(batch["obs"]), log_std) - batch["log_probs"]).exp()
         pulled = torch.min(a * ratio, a * ratio.clip(1 - SMALL.clip, 1 + SMALL.clip)).mean()
         return -pulled - SMALL.entropy_weight * entropy(log_std)
@@ -280,15 +283,18 @@ def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
 
 
 def test_a_bad_gradient_is_skipped_and_counted() -> None:
-    agent = PPOAgent(Target(), SMALL)
+    """One minibatch a network: its gradient is not finite, its parameters stay as they were."""
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, epochs=1, minibatches=1))
     rollout, _ = agent.collect_rollouts()
-    before = [p.clone() for p in agent.critic.parameters()]
+    parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
+    before = [p.clone() for p in parameters]
     rollout.rewards[0, 0] = float("inf")
-    log = agent.update(rollout)
-    assert log["learning/skipped_updates"] > 0
-    for p, old in zip(agent.critic.parameters(), before, strict=True):
-        assert torch.isfinite(p).all()
-        assert torch.isfinite(old).all()
+    assert agent.update(rollout)["learning/skipped_updates"] == 2
+    for p, old in zip(parameters, before, strict=True):
+        assert torch.equal(p, old)
+    rollout, _ = agent.collect_rollouts()
+    agent.update(rollout)
+    assert not torch.equal(agent.actor.mlp[0].weight, before[1])
 
 
 def state_bytes(agent: PPOAgent) -> list[torch.Tensor]:

@@ -25,8 +25,8 @@ from kouros.threads import torch_threads
 # A number read from a world beyond this (SI units), or NaN, is a sick world, not a robot.
 SICK = 1e6
 
-# The harness at full strength: torque per sine of the tilt (N m; damped with a tenth of it, N m s)
-# and force per height missing (N/m). Changes of strength: HARNESS_STEP a fall.
+# The harness at full strength: torque per sine of the tilt (N m), its damping (N m s) and force per
+# height missing (N/m). A fall strengthens it by HARNESS_STEP.
 HARNESS_TORQUE = 200.0
 HARNESS_FORCE = 2000.0
 HARNESS_DAMPING = 4.0
@@ -64,7 +64,8 @@ class HumanoidBaseEnv(VectorEnv):
       velocity, mean_velocity: ``(num_envs, 3)``, what follows the command: vx, vy and yaw rate, now and
         averaged over ``tracking_time``.
       ordered: ``(num_envs,)`` bool, whether the command is more than ``standing_command``.
-      coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after the last such command.
+      coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after a reset or the last such
+        command.
       moving: ``(num_envs,)`` bool, whether the gait clock counts: ordered, or coasting to a halt.
       phase: ``(num_envs,)`` in [0, 1), the left foot's place in the gait cycle; the right foot is half
         a cycle apart. A foot swings in the first ``swing_fraction`` of its cycle.
@@ -212,8 +213,8 @@ class HumanoidBaseEnv(VectorEnv):
         """Start episodes anew, in all worlds or where ``options["reset_mask"]`` is true.
 
         Args:
-          seed: restarts the random generator: the same seed gives the same episodes. Until the first
-          seed the generator starts anywhere.
+          seed: restarts the random generator, and the harness: the same seed gives the same episodes.
+            Until the first seed the generator starts anywhere.
           options: ``{"reset_mask": bool (num_envs,)}`` or None.
 
         Raises:
@@ -230,6 +231,8 @@ class HumanoidBaseEnv(VectorEnv):
                     f"options['reset_mask'] of shape {tuple(mask.shape)} and type {mask.dtype}: "
                     f"use a bool mask of shape ({self.num_envs},)"
                 )
+        if seed is not None:
+            self.harness.masked_fill_(mask, self.config.harness)
         self._begin_episodes(mask)
         self._resample_commands(mask)
         self._refresh()
@@ -242,11 +245,11 @@ class HumanoidBaseEnv(VectorEnv):
         """One control step of every world; see the class.
 
         Raises:
-          TypeError: ``actions`` is not a float tensor.
+          TypeError: ``actions`` is not a float32 tensor.
           ValueError: its shape or device is wrong, or a value is not finite.
         """
         shape = (self.num_envs, self.robot.num_joints)
-        if not isinstance(actions, torch.Tensor) or not actions.is_floating_point():
+        if not isinstance(actions, torch.Tensor) or actions.dtype != torch.float32:
             kind = actions.dtype if isinstance(actions, torch.Tensor) else type(actions).__name__
             raise TypeError(f"actions: got {kind}, expected a float32 tensor of shape {shape}")
         if actions.shape != shape:
@@ -257,7 +260,7 @@ class HumanoidBaseEnv(VectorEnv):
             bad = int((~torch.isfinite(actions)).any(-1).nonzero()[0])
             raise ValueError(f"actions: not finite in world {bad}; the policy has diverged")
         with torch_threads(1):
-            return self._step(actions)
+            return self._step(actions.detach())
 
     def _step(self, actions: torch.Tensor):
         """The tensor program: no host synchronization, no shape that depends on data."""
@@ -296,8 +299,6 @@ class HumanoidBaseEnv(VectorEnv):
         length = self.episode_length * done
         final_obs = critic_obs = self._observations()
         info = {
-            "final_obs": final_obs[:, : self._actor_dim],
-            "final_critic_obs": final_obs,
             "_episode": done,
             "episode": {
                 "r": self._episode_return * done,
@@ -314,6 +315,8 @@ class HumanoidBaseEnv(VectorEnv):
         if sim.may_have(new_command):
             self._resample_commands(new_command)
             critic_obs = self._observations()
+            final_obs = torch.where(done.unsqueeze(-1), final_obs, critic_obs)
+        info |= {"final_obs": final_obs[:, : self._actor_dim], "final_critic_obs": final_obs}
         info |= self._info(critic_obs)
         return critic_obs[:, : self._actor_dim], rewards, terminations, truncations, info
 

@@ -94,6 +94,7 @@ class ActorNetwork(nn.Module):
       squash: bound actions by tanh; else they are clipped.
 
     Attributes:
+      log_std: ``(action_dim,)`` logarithms of the deviations.
       low, high: ``(action_dim,)`` bounds of the actions that an environment takes; infinite at first.
     """
 
@@ -133,9 +134,14 @@ class ActorNetwork(nn.Module):
         """The action of the mean, as the environment takes it: the policy that is deployed."""
         return self.bound(self(obs))
 
-    def bounded_log_std(self) -> torch.Tensor:
-        """Logarithm of each action's deviation, ``(action_dim,)``."""
-        return self.log_std.clamp(*map(math.log, STD_RANGE))
+    @torch.no_grad()
+    def clamp_std(self) -> None:
+        """Bring deviations back into ``STD_RANGE``.
+
+        The parameter itself is clamped: a clamp in the forward pass would have no gradient to lead
+        back from beyond the bound.
+        """
+        self.log_std.clamp_(*map(math.log, STD_RANGE))
 
 
 class CriticNetwork(nn.Module):

@@ -169,7 +169,7 @@ class PPOAgent:
         """Actions as the environment takes them, ``(num_envs, action_dim)``."""
         action = self.actor(obs)
         if not deterministic:
-            action = action + self.actor.bounded_log_std().exp() * self._noise(action.shape)
+            action = action + self.actor.log_std.exp() * self._noise(action.shape)
         return self.actor.bound(action)
 
     def _noise(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -203,7 +203,7 @@ class PPOAgent:
         metrics, ends = [], []
         for _ in range(self.config.horizon):
             start = time.perf_counter()
-            mean, log_std = self.actor(now["obs"]), self.actor.bounded_log_std()
+            mean, log_std = self.actor(now["obs"]), self.actor.log_std
             actions = mean + log_std.exp() * self._noise(mean.shape)
             log_probs = log_prob(actions, mean, log_std)
             middle = time.perf_counter()
@@ -298,6 +298,7 @@ class PPOAgent:
             critic = self._second_thread.submit(self._update_critic, batch, minibatches)
             log = self._update_actor(batch, minibatches)
             log |= critic.result()
+        log["learning/skipped_updates"] = self._actor_learner.skipped + self._critic_learner.skipped
         for learner in (self._actor_learner, self._critic_learner):
             learner.symmetrize()
         residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
@@ -315,7 +316,7 @@ class PPOAgent:
         for rows in minibatches:
             advantages = batch["advantages"][rows]
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-            log_std = self.actor.bounded_log_std()
+            log_std = self.actor.log_std
             mean = self.actor(batch["obs"][rows])
             log_ratio = log_prob(batch["actions"][rows], mean, log_std) - batch["log_probs"][rows]
             ratio = log_ratio.exp()
@@ -323,6 +324,7 @@ class PPOAgent:
             policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
             spread = entropy(log_std)
             norm = learner.descend(policy_loss - config.entropy_weight * spread)
+            self.actor.clamp_std()
             with torch.no_grad():
                 # Schulman's low-variance estimator of KL(old, new): joschu.net/blog/kl-approx.html
                 approx_kl = (ratio - 1.0 - log_ratio).mean()
@@ -330,8 +332,7 @@ class PPOAgent:
                 logs.append(torch.stack((policy_loss, spread, approx_kl, clip_fraction, norm)))
         names = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "actor_gradient_norm")
         log = dict(zip(names, torch.stack(logs).mean(0).tolist(), strict=True))
-        log["std"] = float(self.actor.bounded_log_std().detach().exp().mean())
-        log["skipped_updates"] = float(learner.skipped)
+        log["std"] = float(self.actor.log_std.detach().exp().mean())
         return {f"learning/{name}": value for name, value in log.items()}
 
     def _update_critic(
@@ -398,9 +399,11 @@ class PPOAgent:
     def evaluate(self, episodes: int = 10) -> dict[str, float]:
         """Mean ``return`` and ``length`` of at least so many episodes under the mean action.
 
-        Starts the environment anew; the next rollout does so again.
+        In the training environment as it is now, with what helps training in it. The training goes on
+        as if nothing had happened, or from new episodes if the environment has no ``state_dict``.
         """
-        obs, _ = self.env.reset(seed=self.seed)
+        before = self.env.state_dict() if hasattr(self.env, "state_dict") else None
+        obs, _ = self.env.reset()
         n = self.env.num_envs
         quota = math.ceil(episodes / n)  # the same for each world: short episodes weigh no more
         total, length, count = (torch.zeros(n, device=self.device) for _ in range(3))
@@ -415,7 +418,10 @@ class PPOAgent:
             count += done & counts
             if self._next_step_reset:
                 resetting = done
-        self._now = None
+        if before:
+            self.env.load_state_dict(before)  # type: ignore[attr-defined]
+        else:
+            self._now = None
         return {
             "return": float(total.sum() / count.sum()),
             "length": float(length.sum() / count.sum()),
