@@ -490,10 +490,10 @@ WITHOUT_EFFECT = {"robot", "num_threads", "line_search_iterations"}
 
 
 def trace(**changes: object) -> list[torch.Tensor]:
-    """What an environment returns in 40 steps of random actions, episodes ending both ways."""
-    env = make_env(**{"num_envs": 6, "max_episode_length": 30, "resampling_interval": 0.2, **changes})  # type: ignore[arg-type]
+    """What an environment returns in 60 steps of random actions, episodes ending both ways."""
+    env = make_env(**{"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2, **changes})  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(40)]
+    steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(60)]
     returned = [torch.stack([s[i] for s in steps]).float() for i in range(4)]
     return returned + [torch.stack([s[4][key] for s in steps]) for key in ("critic_obs", "metrics")]
 
