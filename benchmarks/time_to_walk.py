@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.files import write_json
-from kouros.learning.config import TrainConfig
+from kouros.learning.config import DEFAULT_STEPS, TrainConfig
 from kouros.learning.run import load_policy, read_metrics, train
 
 
@@ -32,7 +32,7 @@ class Config:
     """Control steps before the first test."""
     every: float = 0.25e6
     """Control steps between tests, until one is passed."""
-    steps: int = TrainConfig.steps
+    steps: int = DEFAULT_STEPS
     """Control steps of a whole run, which ends with a test."""
     runs: Path = Path("runs/time_to_walk")
     """Folder of the runs."""
@@ -55,7 +55,7 @@ def run(seed: int, config: Config) -> list[dict]:
     target = config.first
     while not tests or tests[-1]["steps"] < config.steps:
         steps = int(min(target, config.steps))
-        if (folder / "config.json").exists():
+        if (folder / "checkpoint.pt").exists():
             train(TrainConfig(resume=folder, steps=steps))
         else:
             train(TrainConfig(run=folder, seed=seed, steps=steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -121,6 +122,50 @@ class TestRun:
         assert content["resume"]["iteration"] == read_metrics(folder / "metrics.jsonl")[-1]["iteration"]
         assert (folder / "policy.onnx").exists()
 
+    def test_a_resume_is_the_same_run(self, tmp_path: Path) -> None:
+        """It trains as far as the run was asked to, and refuses to become another run."""
+        folder = train(tiny(tmp_path / "run", 4 * 64, minutes=1e-9))
+        assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] == 1
+        env = dataclasses.replace(HumanoidEnvConfig(), num_envs=9)
+        for changes, name in (({"seed": 3}, "seed=3"), ({"env": env}, r"env\.num_envs=9.*began with 8")):
+            with pytest.raises(ValueError, match=name):
+                train(TrainConfig(resume=folder, **changes))  # type: ignore[arg-type]
+        train(TrainConfig(resume=folder))
+        assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] == 4
+        content = checkpoint.load(folder / "checkpoint.pt")
+        content["contract"]["gait_period"] = 1.0
+        checkpoint.save(folder / "checkpoint.pt", content)
+        with pytest.raises(ValueError, match=r"gait_period=1\.0 there, 0\.7 here"):
+            train(TrainConfig(resume=folder))
+
+    def test_a_run_without_a_checkpoint_yet_may_begin_again(self, tmp_path: Path) -> None:
+        folder = train(tiny(tmp_path / "run", 64))
+        (folder / "checkpoint.pt").unlink()  # as if killed while the first one was written
+        train(tiny(folder, 64))
+
+    def test_a_full_disk_in_the_middle_of_a_run(self, tmp_path: Path) -> None:
+        """A file size limit stands for it: the checkpoint before is whole and the way on is said."""
+        folder = train(tiny(tmp_path / "run", 64))
+        limit = (folder / "checkpoint.pt").stat().st_size - 1000
+        code = f"""
+import resource, signal, sys
+import kouros.cli, kouros.learning.ppo
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(kouros.cli.main(["train", "--resume", {str(folder)!r}, "--steps=640"]))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert re.search(rf"kouros: could not write .*kouros train --resume {folder}", done.stderr)
+        assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] == 1
+
+    def test_no_room_is_said_before_the_training(self, tmp_path: Path, monkeypatch) -> None:
+        usage = type("Usage", (), {"free": 5e6})
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match=r"run=.*5 MB are free there and a run needs 100"):
+            train(tiny(tmp_path / "run", 64))
+        assert not (tmp_path / "run").exists()
+
     def test_a_run_is_not_overwritten(self, tmp_path: Path) -> None:
         folder = train(tiny(tmp_path / "run", 64))
         with pytest.raises(FileExistsError, match="--resume"):
@@ -134,6 +179,7 @@ class TestRun:
             (lambda p: TrainConfig(resume=p, run=p / "other"), ValueError, "leave --run out"),
             (lambda p: train(TrainConfig(resume=p)), FileNotFoundError, r"no config\.json"),
             (lambda p: load_policy(p / "x"), FileNotFoundError, "neither a run folder"),
+            (lambda p: train(tiny(p, 1, device="cuda:9")), ValueError, "device='cuda:9'"),
         ],
     )
     def test_bad_input(self, tmp_path: Path, make, error: type, message: str) -> None:
@@ -147,6 +193,9 @@ class TestRun:
             ({"contract": {**content["contract"], "contract_version": 99}}, "contract version 99"),
             ({"env": {**content["env"], "gravity": 1.0}}, "unknown field gravity"),
             ({"env": {**content["env"], "robot": "h1"}}, "robot='h1'"),
+            ({"contract": {**content["contract"], "robot": "h1"}}, "robot='h1' there, 'g1' here"),
+            ({"contract": {**content["contract"], "control_dt": 0.01}}, "control_dt=0.01 there"),
+            ({"contract": None}, "has no contract"),
         ):
             checkpoint.save(tmp_path / "changed.pt", {**content, **changes})
             with pytest.raises(ValueError, match=message):
@@ -207,16 +256,18 @@ class TestExport:
 
 class TestCommandLine:
     def test_help_names_every_field_with_its_default(self) -> None:
-        text = kouros("train", "--help").stdout
-        for flag in (
-            "--steps",
-            "--resume",
-            "--env.num-envs",
-            "--ppo.learning-rate",
-            "--env.rewards.pose",
-        ):
-            assert flag in text
-        assert "(default: 256)" in text
+        text = kouros("train", "--help", env={**os.environ, "COLUMNS": "79"}).stdout
+        config = TrainConfig()
+        for prefix, part in (("", config), ("env.", config.env), ("ppo.", config.ppo)):
+            for field in dataclasses.fields(part):
+                flag = f"--{prefix}{field.name}".replace("_", "-")
+                assert flag in text or f"--{prefix}no-{field.name}".replace("_", "-") in text
+                value = getattr(part, field.name)
+                if isinstance(value, float | int) and not isinstance(value, bool):
+                    after = text.split(f"{flag} ", 1)[1]
+                    assert f"(default: {value})" in " ".join(after.split("--")[0].replace("│", "").split()), (
+                        flag
+                    )
 
     def test_help_imports_nothing_heavy(self) -> None:
         code = (
@@ -228,11 +279,25 @@ class TestCommandLine:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.endswith("[]\n"), done.stdout
 
-    def test_errors_are_one_line(self, tmp_path: Path) -> None:
-        done = kouros("eval", "nothing-there", cwd=tmp_path)
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["eval", "nothing-there"], "policy nothing-there: neither a run folder"),
+            (["eval", "bytes.pt"], "checkpoint bytes.pt: damaged, or not a checkpoint"),
+            (["play", "--seconds=0"], "seconds=0.0"),
+            (["play", "--width=0"], "width x height"),
+            (["train", "--device=cuda"], "device='cuda'"),
+            (["train", "--env.actor-observations", "base_lin_vel"], "actor_observations='base_lin_vel'"),
+            (["train", "--env.fall-height=2"], "fall_height=2.0: must be below"),
+        ],
+    )
+    def test_errors_are_one_line(self, tmp_path: Path, args: list[str], message: str) -> None:
+        (tmp_path / "bytes.pt").write_bytes(b"root:x:0")
+        done = kouros(*args, cwd=tmp_path)
         assert done.returncode == 1
-        assert done.stderr.startswith("kouros: policy nothing-there: neither a run folder")
-        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith(f"kouros: {message}")
+        assert done.stderr.count("\n") == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["bytes.pt"]
 
     def test_eval_play_and_export_work_on_the_shipped_policy(self, tmp_path: Path) -> None:
         env = {**os.environ, "COLUMNS": "120"}

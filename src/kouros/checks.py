@@ -24,10 +24,13 @@ def require(config: object, field: str, ok: bool, rule: str) -> None:
         raise ValueError(f"{field}={getattr(config, field)!r}: {rule}")
 
 
-def require_finite(config: Any) -> None:
-    """Raise ``ValueError`` if a number in a configuration, or in its tables, is NaN or infinite."""
+def require_numbers(config: Any) -> None:
+    """Raise ``ValueError`` if a number in a configuration, or in its tables, is NaN, infinite, or not whole
+    where the field is an int."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        whole = field.type != "int" or (isinstance(value, int) and not isinstance(value, bool))
+        require(config, field.name, whole, "must be a whole number")
         values = value.values() if isinstance(value, dict) else value
         for x in values if isinstance(values, Iterable) else [values]:
             require(config, field.name, not isinstance(x, float) or math.isfinite(x), "must be finite")

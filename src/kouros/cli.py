@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
+from kouros import __version__
 from kouros.checks import require
 from kouros.learning.config import TrainConfig
 
@@ -28,6 +29,8 @@ class Eval:
     """Length of an episode, s; the command changes every 5 s."""
     seed: int = 12345
     """Seed of initial states and commands."""
+    collisions: Literal["feet", "full"] = "feet"
+    """feet: as in training. full: every shape of the robot, with the ground and with itself."""
     output: Path | None = None
     """JSON file; eval.json beside the policy if not given (in this folder for a shipped one)."""
 
@@ -88,8 +91,10 @@ class Doctor:
 
 
 def train(config: TrainConfig) -> None:
+    from kouros.deploy.export import check_measured
     from kouros.learning.run import train
 
+    check_measured(config.env.actor_observations)  # now, not after the training
     folder = train(config)
     export(Export(folder))
 
@@ -113,10 +118,11 @@ def evaluate(config: Eval) -> None:
             config.episodes,
             config.seconds,
             config.seed,
+            config.collisions,
             lambda done, total: progress.update(task, completed=done, total=total),
         )
-    content = {"policy": config.policy, "seed": config.seed, **dataclasses.asdict(result)}
-    write_json(output, {**content, "failures": result.failures()})
+    test = {"policy": config.policy, "seed": config.seed, "collisions": config.collisions}
+    write_json(output, {**test, **dataclasses.asdict(result), "failures": result.failures()})
 
     table = Table("figure", "measured", "walking means", "", title=str(config.policy))
     for name, (what, unit, low, high) in WalkResult.BAR.items():
@@ -135,7 +141,7 @@ def evaluate(config: Eval) -> None:
 
 
 def play(config: Play) -> None:
-    from kouros.learning.play import open_viewer, write_video
+    from kouros.envs.play import open_viewer, write_video
     from kouros.learning.run import load_policy
 
     actor, env_config, _ = load_policy(config.policy)
@@ -183,7 +189,8 @@ def bench(config: Bench) -> None:
 def doctor(config: Doctor) -> None:
     from kouros.doctor import diagnose
 
-    diagnose()
+    if not diagnose():
+        raise RuntimeError("something that training or seeing it needs is missing, see the table")
 
 
 def _beside(policy: Path, name: str) -> Path:
@@ -204,6 +211,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    if (args or sys.argv[1:]) == ["--version"]:
+        print(f"kouros {__version__}")
+        return 0
     types: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
     config = tyro.extras.subcommand_cli_from_dict(types, prog="kouros", args=args)
     command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))

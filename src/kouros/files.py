@@ -31,17 +31,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 1e6
-        message = f"could not write {path} ({error}); {free:,.0f} MB are free there"
-        raise OSError(error.errno, message) from error
+        reason = error.strerror or error
+        raise OSError(f"could not write {path} ({reason}); {free:,.0f} MB are free there") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON, whole or not at all; paths become strings.
+    """Write JSON, whole or not at all; paths become strings, and NaN and infinity, unknown to JSON, null.
 
     Raises:
       OSError: the file cannot be written.
     """
+    plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+        temporary.write_text(json.dumps(plain, indent=2) + "\n", "utf-8")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,12 @@ SENSORS = {
 STATE_TERMS = ("gait_phase", "last_action")
 
 
+def check_measured(terms: Iterable[str]) -> None:
+    """Raise ``ValueError`` if a policy observes something that is no sensor of a robot."""
+    for term in terms:
+        check_choice("actor_observations", term, (*SENSORS, *STATE_TERMS))
+
+
 class PolicyGraph(nn.Module):
     """The control law as one function: ``(sensors..., state) -> (joint_targets, next_state)``.
 
@@ -45,8 +54,7 @@ class PolicyGraph(nn.Module):
     def __init__(self, actor: Any, contract: dict[str, Any]) -> None:
         super().__init__()
         self.actor, self.contract = actor, contract
-        for term in contract["observations"]:
-            check_choice("actor_observations", term["name"], (*SENSORS, *STATE_TERMS))
+        check_measured(term["name"] for term in contract["observations"])
         self.default_joint_pos = nn.Buffer(torch.tensor(contract["default_joint_pos"]))
         self.action_offset = nn.Buffer(torch.tensor(contract["action_offset"]))
         self.action_scale = nn.Buffer(torch.tensor(contract["action_scale"]))
@@ -117,16 +125,19 @@ class OnnxExporter:
         sizes = {"joint_pos": n, "joint_vel": n}
         example = tuple(torch.zeros(2, sizes.get(name, 3)) for name in SENSORS)
         batch = torch.export.Dim("n")
-        program = torch.onnx.export(
-            self.graph,
-            (*example, torch.zeros(2, n + 2)),
-            input_names=[*SENSORS, "state"],
-            output_names=["joint_targets", "next_state"],
-            dynamic_shapes=tuple({0: batch} for _ in range(len(SENSORS) + 1)),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision; we do not
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                self.graph,
+                (*example, torch.zeros(2, n + 2)),
+                input_names=[*SENSORS, "state"],
+                output_names=["joint_targets", "next_state"],
+                dynamic_shapes=tuple({0: batch} for _ in range(len(SENSORS) + 1)),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
         assert program is not None
         with replacing(path) as temporary:
             program.save(temporary, external_data=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
-from kouros.checks import require, require_finite
+from kouros.checks import check_choice, require, require_numbers
 
 WALK_REWARDS = {
     "track_linear_velocity": 3.0,
@@ -145,15 +145,17 @@ class HumanoidEnvConfig:
         return self.timestep * self.frame_skip
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         positive = (
             "num_envs timestep frame_skip solver_iterations line_search_iterations action_scale "
-            "action_limit max_episode_length resampling_interval gait_period tracking_sigma tracking_time"
+            "action_limit max_episode_length resampling_interval gait_period tracking_sigma tracking_time "
+            "harness_fall_time"
         )
         for name in positive.split():
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
         not_negative = (
-            "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height"
+            "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height "
+            "target_height"
         )
         for name in not_negative.split():
             require(self, name, getattr(self, name) >= 0, "must not be negative")
@@ -163,6 +165,14 @@ class HumanoidEnvConfig:
         require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
         require(self, "standing_fraction", 0 <= self.standing_fraction <= 1, "must lie in [0, 1]")
         require(self, "swing_fraction", 0 < self.swing_fraction < 1, "must lie between 0 and 1")
+        require(self, "timestep", self.timestep <= 0.02, "must be at most 0.02 s: longer steps diverge")
+        require(self, "initial_joint_noise", self.initial_joint_noise <= math.pi, "must be at most pi rad")
+        for name in ("control_mode", "collisions"):
+            check_choice(name, getattr(self, name), get_args(get_type_hints(type(self))[name]))
+        for name in ("actor_observations", "critic_observations"):
+            terms = getattr(self, name)
+            require(self, name, isinstance(terms, tuple | list), "must be a tuple of names")
+        require(self, "actor_observations", len(self.actor_observations) > 0, "must not be empty")
         require(self, "fall_tilt", 0 < self.fall_tilt <= math.pi, "must lie in (0, pi] rad")
 
 

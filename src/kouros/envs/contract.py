@@ -44,6 +44,23 @@ def policy_contract(env: HumanoidBaseEnv) -> dict[str, Any]:
     }
 
 
+def check_contract(saved: object, env: HumanoidBaseEnv, where: str) -> None:
+    """Raise ``ValueError``, naming the first difference, unless ``saved`` is the contract of ``env``."""
+    if not isinstance(saved, dict) or "contract_version" not in saved:
+        raise ValueError(f"{where}: has no contract; it was not written by kouros train")
+    if saved["contract_version"] != CONTRACT_VERSION:
+        raise ValueError(
+            f"{where}: contract version {saved['contract_version']}, this version reads {CONTRACT_VERSION}; "
+            "install the version of Kouros that wrote it"
+        )
+    for name, ours in policy_contract(env).items():
+        if saved.get(name) != ours:
+            raise ValueError(
+                f"{where}: of another contract: {name}={saved.get(name)!r} there, {ours!r} here; "
+                "install the version of Kouros that wrote it"
+            )
+
+
 def policy_state(env: HumanoidBaseEnv) -> torch.Tensor:
     """What the policy carries from step to step, ``(n, num_joints + 2)``: last action, phase, coast."""
     return torch.cat((env.action, env.phase.unsqueeze(-1), env.coast.unsqueeze(-1)), dim=-1)
@@ -69,16 +86,21 @@ def record_policy(
     Args:
       policy: observations to actions.
       config: of its environment.
-      steps: number of recorded steps, a multiple of 10: ten robots side by side.
+      steps: number of recorded steps, of ten robots side by side.
 
     Returns:
       The sensors and ``state`` before each step, ``joint_targets`` and ``next_state`` that came of
-      it, ``(steps, ...)``. Falls are left out of ``next_state`` by leaving out their steps.
+      it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the next.
+
+    Raises:
+      RuntimeError: nearly every step ends an episode.
     """
     env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0))
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []
     while sum(len(row["state"]) for row in rows) < steps:
+        if len(rows) > steps:
+            raise RuntimeError("the robot falls in nearly every step: look at fall_height and fall_tilt")
         row = {name: value.clone() for name, value in policy_sensors(env).items()}
         row["state"] = policy_state(env)
         obs, _, terminated, truncated, _ = env.step(policy(obs))

@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kouros.checks import check_choice
+from kouros.checks import check_choice, require
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.observations import OBSERVATIONS, mirror
 from kouros.envs.rewards import REWARDS
@@ -97,13 +97,14 @@ class HumanoidBaseEnv(VectorEnv):
                 check_choice(field, name, table)
         for name in config.critic_observations:
             check_choice("critic_observations", name, OBSERVATIONS)
-        self.pose_weights = torch.tensor(
-            _by_part("pose_weights", config.pose_weights, robot.joint_names), device=device
-        )
+        too_high = f"must be below the {robot.base_height:g} m that {robot.name} starts at"
+        require(config, "fall_height", config.fall_height < robot.base_height, too_high)
+        pose_weights = _by_part("pose_weights", config.pose_weights, robot.joint_names)
         self.simulation = make_simulation(
             make_model(robot, config), config.num_envs, device, num_threads=config.num_threads
         )
         self.device = self.simulation.device
+        self.pose_weights = torch.tensor(pose_weights, device=self.device)
         self.articulation = ArticulationView(self.simulation, robot)
         self.num_envs = config.num_envs
         self.render_mode = "rgb_array"
@@ -196,6 +197,8 @@ class HumanoidBaseEnv(VectorEnv):
             constant(scale * config.action_scale),
         )
         self._ctrl = sim.ctrl[:, view.joint_ctrl]
+        if not all(isinstance(i, slice) for i in (view.joint_qpos, view.joint_qvel, view.joint_ctrl)):
+            raise ValueError(f"robot={robot.name!r}: joint_names must be in the order of the model's joints")
 
         rewards = config.rewards
         self._metric_scale = constant([*rewards.values(), 1.0, 1.0, 1.0, 1.0]).unsqueeze(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import mujoco
 import numpy as np
@@ -79,8 +81,7 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
 class Camera:
     """Pictures of a world, from a camera that follows the robot's base.
 
-    Works with and without a display: where ``MUJOCO_GL`` is not set and there is none, EGL is
-    tried, then OSMesa.
+    Needs no display: on Linux, where ``MUJOCO_GL`` is not set, EGL is tried, then OSMesa.
 
     Args:
       model: the world's model.
@@ -110,22 +111,25 @@ class Camera:
 
 
 def _make_renderer(model: mujoco.MjModel, width: int, height: int) -> mujoco.Renderer:
-    from mujoco.rendering.classic import gl_context
-
-    if os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY"):
-        return mujoco.Renderer(model, height, width)
+    chosen = os.environ.get("MUJOCO_GL")
+    if sys.platform != "linux" or chosen:
+        backends = [chosen or "the system's"]
+    else:
+        backends = ["egl", "osmesa"]
     failures = []
-    for backend in ("egl", "osmesa"):
-        # Both modules refuse to load when PyOpenGL was told of another platform.
-        os.environ["PYOPENGL_PLATFORM"] = backend
+    for backend in backends:
         try:
-            module = __import__(f"mujoco.{backend}", fromlist=["GLContext"])
-            gl_context.GLContext = module.GLContext
+            if backend in ("egl", "osmesa") and not chosen:
+                # PyOpenGL keeps the platform of its first import.
+                os.environ["PYOPENGL_PLATFORM"] = backend
+                for name in [n for n in sys.modules if n.split(".")[0] == "OpenGL"]:
+                    del sys.modules[name]
+                context = importlib.import_module(f"mujoco.{backend}").GLContext
+                importlib.import_module("mujoco.rendering.classic.gl_context").GLContext = context  # type: ignore[attr-defined]
             return mujoco.Renderer(model, height, width)
         except Exception as error:  # whatever a missing driver raises
             failures.append(f"{backend}: {error}")
     raise RuntimeError(
-        "cannot draw: neither EGL nor OSMesa works here ("
-        + "; ".join(failures)
-        + "). On Debian or Ubuntu: apt install libegl1 libgl1-mesa-dri, or libosmesa6"
+        f"cannot draw here ({'; '.join(failures)}). "
+        "On Debian or Ubuntu: apt install libegl1 libgl1-mesa-dri, or libosmesa6"
     )

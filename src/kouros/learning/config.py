@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal, get_args
 
-from kouros.checks import check_choice, require, require_finite
+from kouros.checks import check_choice, require, require_numbers
 from kouros.envs.config import TASKS, HumanoidEnvConfig
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
@@ -61,7 +61,7 @@ class PPOConfig:
     and its mirror image get mirrored actions and equal values."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         check_choice("activation", self.activation, get_args(Activation))
         positive = "horizon epochs minibatches learning_rate clip max_grad_norm"
         for name in positive.split():
@@ -75,18 +75,22 @@ class PPOConfig:
             require(self, name, all(n > 0 for n in getattr(self, name)), "sizes must be positive")
 
 
+DEFAULT_STEPS = 2_500_000
+
+
 @dataclasses.dataclass
 class TrainConfig:
-    """One training run."""
+    """Train a humanoid to walk, ten minutes or so on two cores; the run's folder gets the policy."""
 
     task: str = "walk"
-    """Task, by name: the defaults of env."""
+    """Task, by name."""
     run: Path | None = None
     """Folder of the run; runs/TASK-DATE-TIME if not given."""
     resume: Path | None = None
     """Folder of a run to go on with, exactly where its last checkpoint stands."""
-    steps: int = 3_000_000
-    """Control steps, of all worlds together, to train for."""
+    steps: int | None = None
+    """Control steps, of all worlds together, to train for. If not given: 2,500,000, or what the resumed
+    run was given."""
     minutes: float = math.inf
     """Minutes after which to stop, if the steps are not done by then."""
     save_interval: int = 50
@@ -101,7 +105,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
         for name in ("steps", "minutes", "save_interval"):
-            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "must be greater than 0")
         require(self, "seed", self.seed >= 0, "must not be negative")
         if self.resume and self.run not in (None, self.resume):
             raise ValueError(f"run={self.run}: --resume goes on in its own folder; leave --run out")

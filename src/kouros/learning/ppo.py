@@ -108,7 +108,8 @@ class PPOAgent:
 
     Raises:
       TypeError: observations or actions are not a one-dimensional Box.
-      ValueError: the samples of a rollout do not split into the minibatches.
+      ValueError: the samples of a rollout do not split into the minibatches, or the environment does
+        not reset itself.
     """
 
     def __init__(
@@ -125,17 +126,18 @@ class PPOAgent:
         action_dim = _box_size("action", env.single_action_space)
         critic_space = getattr(env, "critic_observation_space", env.single_observation_space)
         self.samples = samples = config.horizon * env.num_envs
-        if samples % config.minibatches:
+        if samples % config.minibatches or samples < 2 * config.minibatches:
             raise ValueError(
                 f"minibatches={config.minibatches}: must divide horizon x num_envs = "
-                f"{config.horizon} x {env.num_envs} = {samples}"
+                f"{config.horizon} x {env.num_envs} = {samples} into parts of at least two"
             )
         space: Any = env.single_action_space
         if config.squash and not np.isfinite([space.low, space.high]).all():
             raise ValueError("squash=True: the action space has no bounds; use squash=False")
-        self._next_step_reset = (
-            env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) == AutoresetMode.NEXT_STEP
-        )
+        mode = env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        if mode == AutoresetMode.DISABLED:
+            raise ValueError("autoreset_mode=DISABLED: PPOAgent needs an environment that resets itself")
+        self._next_step_reset = mode == AutoresetMode.NEXT_STEP
 
         self._generator = torch.Generator(self.device)
         self._generator.manual_seed(seed)
@@ -253,8 +255,8 @@ class PPOAgent:
         final = info.get("final_critic_obs", info.get("final_obs"))
         if self._next_step_reset or final is None:
             return critic_obs
-        if isinstance(final, torch.Tensor):
-            return final
+        if isinstance(final, torch.Tensor) or (isinstance(final, np.ndarray) and final.dtype != object):
+            return self._tensor(final)
         rows = np.flatnonzero(info["_final_obs"])  # Gymnasium: an object array with gaps
         merged = critic_obs.clone()
         for row in rows:
@@ -460,7 +462,8 @@ class PPOAgent:
 
         Raises:
           FileNotFoundError, ValueError: no such file; not a checkpoint; one without what resuming
-            needs; of another learner, robot or number of worlds.
+            needs; of another learner, of other observations or actions, or another number of worlds.
+            The agent is as it was.
         """
         content = checkpoint.load(path, self.device)
         if "resume" not in content:
@@ -472,14 +475,19 @@ class PPOAgent:
                     f"checkpoint {path}: {field}={theirs.get(field)!r} there, {ours[field]!r} here"
                 )
         resume = content["resume"]
-        try:
-            self.actor.load_state_dict(content["actor"])
-            self.critic.load_state_dict(resume["critic"])
-        except RuntimeError as error:
-            raise ValueError(f"checkpoint {path}: of other observations or actions: {error}") from error
+        for network, state in ((self.actor, content["actor"]), (self.critic, resume["critic"])):
+            for name, ours in network.state_dict().items():
+                shape = tuple(state[name].shape) if name in state else "nothing"
+                if shape != tuple(ours.shape):
+                    raise ValueError(
+                        f"checkpoint {path}: of other observations or actions: {name} is {shape} there, "
+                        f"{tuple(ours.shape)} here"
+                    )
         if "env" in resume and hasattr(self.env, "load_state_dict"):
-            self.env.load_state_dict(resume["env"])
+            self.env.load_state_dict(resume["env"])  # or refuses, with nothing changed yet
             self._now = resume["now"]
+        self.actor.load_state_dict(content["actor"])
+        self.critic.load_state_dict(resume["critic"])
         self._actor_learner.optimizer.load_state_dict(resume["actor_optimizer"])
         self._critic_learner.optimizer.load_state_dict(resume["critic_optimizer"])
         self._actor_learner.skipped, self._critic_learner.skipped = resume["skipped"]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -19,26 +20,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.contract import CONTRACT_VERSION, policy_contract
+from kouros.envs.contract import check_contract, policy_contract
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
-from kouros.learning.config import PPOConfig, TrainConfig
+from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig
 from kouros.learning.networks import ActorNetwork
 from kouros.learning.ppo import PPOAgent
-from kouros.robots import get_robot
 
 # What the display shows: (title, key in the log, format).
 COLUMNS = (
     ("iteration", "iteration", "{:.0f}"),
-    ("steps, M", "steps", "{:.2f}"),
+    ("M steps", "steps", "{:.2f}"),
     ("reward a step", "reward/mean", "{:.3f}"),
     ("episode", "episode/length", "{:.0f}"),
-    ("velocity error, m/s", "task/velocity_error", "{:.2f}"),
-    ("yaw error, rad/s", "task/yaw_rate_error", "{:.2f}"),
+    ("velocity error (m/s)", "task/velocity_error", "{:.2f}"),
+    ("yaw error (rad/s)", "task/yaw_rate_error", "{:.2f}"),
     ("harness", "task/harness", "{:.2f}"),
     ("steps/s", "time/steps_per_second", "{:,.0f}"),
-    ("physics / env / policy / learning, s", "time", "{}"),
+    ("physics / env / policy / learning (s)", "time", "{}"),
 )
 
 
@@ -54,29 +54,34 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     Raises:
       FileExistsError: the folder holds a run already.
       FileNotFoundError, ValueError: the run to resume is missing, damaged or of another kind.
+      OSError: the disk is full; what was saved before is whole.
     """
     console = console or Console()
     if config.resume:
         config = resumed(config)
-    folder = config.run
+    folder, steps = config.run, config.steps or DEFAULT_STEPS
     assert folder
-    if not config.resume and (folder / "config.json").exists():
+    path = folder / "checkpoint.pt"
+    if not config.resume and path.exists():
         raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
+    require_room(folder)
     env = HumanoidBaseEnv(config.env, config.device)
     agent = PPOAgent(env, config.ppo, config.seed)
     if config.resume:
-        agent.load_checkpoint(folder / "checkpoint.pt")
+        check_contract(checkpoint.load(path).get("contract"), env, f"checkpoint {path}")
+        agent.load_checkpoint(path)
     extra = {"env": dataclasses.asdict(config.env), "contract": policy_contract(env)}
-    write_json(folder / "config.json", dataclasses.asdict(config))
+    write_json(folder / "config.json", {**dataclasses.asdict(config), "steps": steps})
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
     def save() -> None:
-        agent.save_checkpoint(folder / "checkpoint.pt", **extra)
+        agent.save_checkpoint(path, **extra)
         checkpoint.save(folder / "policy.pt", {**extra, **agent.policy_state()})
         logger.plot()
 
     start = time.monotonic()
-    with RunLogger(folder, agent.iteration) as logger, _Display(config, console) as display:
+    display = _Display(steps, config.minutes, console)
+    with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration) as logger, display:
 
         def after_iteration(log: dict[str, float]) -> bool:
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
@@ -89,10 +94,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             display.show(log)
             if agent.iteration % config.save_interval == 0:
                 save()
-            return interrupted() or agent.total_steps >= config.steps or minutes >= config.minutes
+            return interrupted() or agent.total_steps >= steps or minutes >= config.minutes
 
         with _finish_iteration_on_interrupt() as interrupted:
-            remaining = max(0, math.ceil((config.steps - agent.total_steps) / agent.samples))
+            remaining = max(0, math.ceil((steps - agent.total_steps) / agent.samples))
+            if not remaining:
+                console.print(f"{agent.total_steps:,} control steps are done; --steps N goes further")
+            save()
             agent.train(remaining, after_iteration)
             save()
     if interrupted():
@@ -101,10 +109,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
-    """The configuration of the run ``config.resume``, with this call's ``steps`` and ``minutes``.
+    """The configuration of the run ``config.resume``, with this call's ``steps`` (if given) and ``minutes``.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
+      ValueError: this call asks for something else than the run began with.
     """
     assert config.resume
     folder = config.resume
@@ -112,13 +121,45 @@ def resumed(config: TrainConfig) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"resume={folder}: no config.json there; name the folder of a run")
     saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return dataclasses.replace(
-        config,
+    begun = TrainConfig(
         task=saved["task"],
         seed=saved["seed"],
         env=from_plain(HumanoidEnvConfig, saved["env"]),
         ppo=from_plain(PPOConfig, saved["ppo"]),
     )
+    for name, default in _flat(TrainConfig()).items():
+        given, theirs = _flat(config)[name], _flat(begun)[name]
+        if given not in (default, theirs):
+            raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
+    changes = {name: getattr(begun, name) for name in ("task", "seed", "env", "ppo")}
+    return dataclasses.replace(config, steps=config.steps or saved["steps"], **changes)
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """What a run cannot change on its way, by the names of the command line."""
+    groups: dict[str, Any] = {"env.": config.env, "ppo.": config.ppo}
+    fields = {f"{p}{f.name}": getattr(g, f.name) for p, g in groups.items() for f in dataclasses.fields(g)}
+    return {"task": config.task, "seed": config.seed, **fields}
+
+
+ROOM = 100e6
+
+
+def require_room(folder: Path) -> None:
+    """Raise ``OSError`` unless the disk of a folder that may not be there yet has room for a run."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < ROOM:
+        raise OSError(f"run={folder}: {free / 1e6:.0f} MB are free there and a run needs {ROOM / 1e6:.0f}")
+
+
+@contextlib.contextmanager
+def _say_how_to_go_on(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"{error}; what was saved is whole: make room, then kouros train --resume {folder}"
+        raise OSError(text) from error
 
 
 def from_plain(cls: type, values: dict[str, Any]) -> Any:
@@ -228,9 +269,9 @@ def plot_learning_curve(rows: list[dict[str, float]], path: Path) -> None:
 class _Display:
     """A live table and progress bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, config: TrainConfig, console: Console) -> None:
+    def __init__(self, steps: int, minutes: float, console: Console) -> None:
         self._console = console
-        self._config = config
+        self._steps, self._minutes = steps, minutes
         self._progress = Progress(
             TextColumn("{task.percentage:>3.0f} %"),
             BarColumn(None),
@@ -253,7 +294,7 @@ class _Display:
 
     def show(self, log: dict[str, float]) -> None:
         cells = {title: self._cell(key, form, log) for title, key, form in COLUMNS}
-        share = max(log["steps"] * 1e6 / self._config.steps, log["minutes"] / self._config.minutes)
+        share = max(log["steps"] * 1e6 / self._steps, log["minutes"] / self._minutes)
         self._progress.update(self._task, completed=min(1.0, share))
         if self._console.is_terminal:
             table = Table(*cells, expand=True)
@@ -261,8 +302,8 @@ class _Display:
             self._live.update(Group(table, self._progress))
         elif time.monotonic() - self._last_line > 10.0:
             self._last_line = time.monotonic()
-            text = ", ".join(f"{title} {value}" for title, value in cells.items())
-            self._console.print(f"{100 * share:3.0f} % {text}", soft_wrap=True)
+            text = "; ".join(f"{title}: {value}" for title, value in cells.items())
+            self._console.print(f"{100 * share:3.0f} %; {text}", soft_wrap=True)
 
     @staticmethod
     def _cell(key: str, form: str, log: dict[str, float]) -> str:
@@ -302,15 +343,12 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
 
     Raises:
       FileNotFoundError: nothing of that name.
-      ValueError: damaged, or of another version.
+      ValueError: damaged, or of another version, robot or contract.
     """
     content = checkpoint.load(find_policy(path))
-    version = content["contract"]["contract_version"]
-    if version != CONTRACT_VERSION:
-        raise ValueError(
-            f"policy {path}: contract version {version}, this version reads {CONTRACT_VERSION}; "
-            "install the version of Kouros that wrote it"
-        )
+    env_config = from_plain(HumanoidEnvConfig, content.get("env", {}))
+    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=1))
+    check_contract(content.get("contract"), env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])
     weights = content["actor"]
     actor = ActorNetwork(
@@ -322,8 +360,6 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
         squash=ppo.squash,
     )
     actor.load_state_dict(weights)
-    env_config = from_plain(HumanoidEnvConfig, content["env"])
-    get_robot(env_config.robot)
     return actor.eval(), env_config, content["contract"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import time
 import warnings
 
@@ -94,9 +95,11 @@ class CpuSimulation(Simulation):
                 f"simulation state: (worlds, state size) is {found} in the file and {expected} here; "
                 "use the run's own num_envs, robot and collisions"
             )
-        for name, values in state.items():
-            if name.startswith("model."):
-                self.model_field(name.removeprefix("model.")).copy_(values)
+        for name in MODEL_FIELDS:
+            if (values := state.get(f"model.{name}")) is not None:
+                self.model_field(name).copy_(values)
+            elif self._batch.expanded(name) is not None:
+                self.model_field(name).copy_(_tensor(np.asarray(operator.attrgetter(name)(self.model))))
         self._state.copy_(state["state"])
         self.sensordata.copy_(state["sensordata"])
 

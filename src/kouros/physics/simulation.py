@@ -126,8 +126,7 @@ def make_simulation(
     Raises:
       ValueError: no engine for the device, or a bad number of worlds.
     """
-    device = torch.device(device)
-    if device.type == "cpu":
+    if str(device) == "cpu":
         from kouros.physics.cpu import CpuSimulation
 
         return CpuSimulation(model, num_worlds, **options)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,28 +59,31 @@ def write_video(
 
     Raises:
       RuntimeError: this machine can draw nothing; the message says what to install.
-      ValueError: the size is more than the renderer has, or not even.
+      ValueError: the size is more than the renderer has, or not even; no time, or no finite command.
     """
     import imageio_ffmpeg
 
-    if size[0] % 2 or size[1] % 2 or size[0] > 1280 or size[1] > 720:
+    if size[0] % 2 or size[1] % 2 or not (0 < size[0] <= 1280 and 0 < size[1] <= 720):
         raise ValueError(f"width x height = {size}: even numbers up to 1280 x 720")
+    if not (0 < seconds < math.inf and fps > 0):
+        raise ValueError(f"seconds={seconds}, fps={fps}: must be greater than 0")
+    if command and not all(map(math.isfinite, command)):
+        raise ValueError(f"command={command}: must be finite")
     robot = _Single(policy, config, seed)
     camera = Camera(robot.env.simulation.model, robot.env.robot.base_body, *size)
     dt = config.control_dt
     every = max(1, round(1.0 / (fps * dt)))
-    steps = round(seconds / dt)
-    with replacing(path) as temporary:
+    steps = math.ceil(seconds / dt)
+    with contextlib.closing(camera), replacing(path) as temporary:
         video = imageio_ffmpeg.write_frames(
             str(temporary), size, fps=1.0 / (every * dt), macro_block_size=2, quality=7
         )
-        video.send(None)  # starts the encoder
-        for step in track(range(steps), f"writing {path}", transient=True):
-            robot.step(command or TOUR[step * len(TOUR) // steps])
-            if step % every == 0:
-                video.send(camera.picture(robot.env.simulation.data(0)))
-        video.close()
-    camera.close()
+        with contextlib.closing(video):
+            video.send(None)  # starts the encoder
+            for step in track(range(steps), f"writing {path}", transient=True):
+                robot.step(command or TOUR[step * len(TOUR) // steps])
+                if step % every == 0:
+                    video.send(camera.picture(robot.env.simulation.data(0)))
 
 
 def open_viewer(
@@ -88,7 +94,7 @@ def open_viewer(
     Raises:
       RuntimeError: there is no display.
     """
-    if os.name == "posix" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise RuntimeError("viewer: there is no display here; leave --viewer out to write a video")
     import mujoco.viewer
 
