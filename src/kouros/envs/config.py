@@ -48,7 +48,7 @@ class HumanoidEnvConfig:
     num_envs: int = 256
     """Number of parallel worlds."""
     num_threads: int = 0
-    """CPU threads of the physics; 0 is one a core."""
+    """CPU threads of the physics; 0: as many as there are cores."""
 
     timestep: float = 0.005
     """Physics step, s."""

@@ -36,7 +36,7 @@ class PPOConfig:
     clip: float = 0.2
     """Probability ratio beyond which a sample stops pulling."""
     value_clip: bool = True
-    """Clip the change of the value estimate likewise."""
+    """Clip the change of a value estimate to +- clip, in units of value."""
     entropy_weight: float = 0.001
     """Weight of the entropy bonus."""
     max_grad_norm: float = 1.0

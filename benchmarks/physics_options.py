@@ -1,0 +1,89 @@
+"""What the model's physics options cost: the task's model against others, on walking robots, in one run.
+
+    python benchmarks/physics_options.py --output benchmarks/results/physics_options.json
+
+Every model is stepped from the states and with the controls of the shipped policy's robots, in turn; a
+ratio is the median over the turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from pathlib import Path
+
+import mujoco
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.scene import make_model
+from kouros.files import write_json
+from kouros.learning.bench import interleaved
+from kouros.learning.run import load_policy
+from kouros.physics.simulation import make_simulation
+
+
+@dataclasses.dataclass
+class Config:
+    """Cost of a physics step with other options, in units of the task's own."""
+
+    worlds: int = 256
+    """Number of worlds."""
+    seconds: float = 30.0
+    """Time for the comparison, s."""
+    output: Path | None = None
+    """JSON file for the figures."""
+
+
+def variants(env: HumanoidBaseEnv) -> dict[str, mujoco.MjModel]:
+    """The task's model, and others that differ from it in one thing each."""
+    models = {"as in the task": env.simulation.model}
+    full = make_model(env.robot, dataclasses.replace(env.config, collisions="full"))
+    models["every shape, self-collision"] = full
+    models["all seven capsules of a sole"] = soles = copy.copy(full)
+    limbs = soles.geom_group == 2
+    soles.geom_contype[limbs] = soles.geom_conaffinity[limbs] = 0
+    models["dense Jacobian"] = dense = copy.copy(env.simulation.model)
+    dense.opt.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
+    models["constraint islands"] = islands = copy.copy(env.simulation.model)
+    islands.opt.disableflags ^= mujoco.mjtDisableBit.mjDSBL_ISLAND
+    return models
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    actor, env_config, _ = load_policy("walk")
+    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=config.worlds, harness=0.0))
+    obs, _ = env.reset(seed=0)
+    simulations = {name: make_simulation(m, config.worlds) for name, m in variants(env).items()}
+
+    def walk() -> None:
+        nonlocal obs
+        for _ in range(10):
+            obs, *_ = env.step(actor.act(obs))
+        state = env.simulation.state_dict()
+        for simulation in simulations.values():
+            simulation.load_state_dict(state)
+
+    functions = {name: lambda s=s: s.step(4 * env_config.frame_skip) for name, s in simulations.items()}
+    for _ in range(10):
+        walk()
+    times = interleaved({"walk": walk, **functions}, config.seconds)
+    base = times["as in the task"]
+    ratios = {
+        name: statistics.median(t / b for t, b in zip(times[name], base, strict=True)) for name in functions
+    }
+    table = Table("model", "cost of a physics step")
+    for name, ratio in ratios.items():
+        table.add_row(name, f"{ratio:.2f}")
+    Console().print(table)
+    if config.output:
+        write_json(config.output, ratios)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
