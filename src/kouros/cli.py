@@ -215,10 +215,13 @@ def main(args: list[str] | None = None) -> int:
         print(f"kouros {__version__}")
         return 0
     types: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
-    config = tyro.extras.subcommand_cli_from_dict(types, prog="kouros", args=args)
-    command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))
     try:
+        config = tyro.extras.subcommand_cli_from_dict(types, prog="kouros", args=args)
+        command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))
         command(config)
+    except BrokenPipeError:  # kouros train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("KOUROS_TRACEBACK"):
             raise

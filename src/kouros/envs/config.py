@@ -64,8 +64,9 @@ class HumanoidEnvConfig:
     control_mode: Literal["position", "velocity", "effort"] = "position"
     """What an action asks of the joint servos; see action_scale."""
     action_scale: float = 1.0
-    """Factor on one unit of action: the robot's own scale (rad) about the default pose in position
-    mode, 1 rad/s in velocity mode, a quarter of the effort limit in effort mode."""
+    """Factor on one unit of action. That unit is, by control mode,
+    position: the robot's own scale (rad) about the default pose; velocity: 1 rad/s;
+    effort: a quarter of the effort limit."""
     action_limit: float = 20.0
     """Actions are clipped to +- this before they are used."""
 
@@ -85,8 +86,8 @@ class HumanoidEnvConfig:
     standing_fraction: float = 0.2
     """Share of commands that are exactly zero: stand still."""
     standing_command: float = 0.05
-    """Commands no larger than this (their norm, m/s and rad/s together) mean: come to a halt within
-    one gait cycle, and stand still."""
+    """Commands no larger than this (their norm, m/s and rad/s together) mean:
+    come to a halt within one gait cycle, and stand still."""
     resampling_interval: float = 5.0
     """Time between new commands, s."""
 
@@ -103,8 +104,9 @@ class HumanoidEnvConfig:
     """Largest base velocity at reset, m/s in x and y and rad/s in yaw."""
 
     harness: float = 1.0
-    """Strength, 0 to 1, that each world's training harness begins with: springs that keep the base
-    upright and up. It weakens by itself as the robot learns; the test of walking has none."""
+    """Strength, 0 to 1, that each world's training harness begins with.
+    Springs keep the base upright and up, and weaken by themselves as the robot learns;
+    the walking test has none."""
     harness_fall_time: float = 0.7
     """Mean time between falls, s, beyond which a harness weakens."""
 

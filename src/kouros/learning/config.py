@@ -89,8 +89,8 @@ class TrainConfig:
     resume: Path | None = None
     """Folder of a run to go on with, exactly where its last checkpoint stands."""
     steps: int | None = None
-    """Control steps, of all worlds together, to train for. If not given: 2,500,000, or what the resumed
-    run was given."""
+    """Control steps, of all worlds together, to train for.
+    If not given: 2.5 million, or what the resumed run was given."""
     minutes: float = math.inf
     """Minutes after which to stop, if the steps are not done by then."""
     save_interval: int = 50
