@@ -21,7 +21,7 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     spec.option.ls_iterations = config.line_search_iterations
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     # One robot is one constraint island, and 35 degrees of freedom in a tree have a sparse Jacobian:
-    # together 15 % of a physics step (docs/performance.md).
+    # little to gain while it walks, a quarter of a step while it flails (docs/performance.md).
     spec.option.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
     spec.option.jacobian = mujoco.mjtJacobian.mjJAC_SPARSE
 

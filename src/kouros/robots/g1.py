@@ -79,7 +79,7 @@ SHAPES: dict[str, list[tuple]] = {
 
 # With collisions="feet" each sole touches the ground through the two capsules at this distance from
 # its middle (m): four contact points a foot, inscribed in the outline that all seven make. They hold
-# the robot as well and halve the cost of a physics step (docs/performance.md).
+# the robot as well and save a good third of a physics step (docs/performance.md).
 SOLE_RAILS = 0.018
 
 
