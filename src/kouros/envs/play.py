@@ -16,7 +16,7 @@ from rich.progress import track
 
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
-from kouros.envs.scene import Camera
+from kouros.envs.scene import VIEW, Camera
 from kouros.files import replacing
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
@@ -101,7 +101,10 @@ def open_viewer(
     robot = _Single(policy, config, seed)
     sim = robot.env.simulation
     data = sim.data(0)
-    with mujoco.viewer.launch_passive(sim.model, data) as viewer:
+    with mujoco.viewer.launch_passive(sim.model, data, show_left_ui=False, show_right_ui=False) as viewer:
+        viewer.cam.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+        viewer.cam.trackbodyid = sim.model.body(robot.env.robot.base_body).id
+        viewer.cam.distance, viewer.cam.azimuth, viewer.cam.elevation = VIEW
         step = 0
         start = time.monotonic()
         while viewer.is_running():

@@ -78,6 +78,10 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     return spec.compile()
 
 
+# Distance (m), azimuth and elevation (degrees) of the camera about the robot.
+VIEW = (2.6, 130.0, -12.0)
+
+
 class Camera:
     """Pictures of a world, from a camera that follows the robot's base.
 
@@ -96,7 +100,7 @@ class Camera:
         self._renderer = _make_renderer(model, width, height)
         self._base = base
         self._camera = mujoco.MjvCamera()
-        self._camera.distance, self._camera.azimuth, self._camera.elevation = 2.6, 130.0, -12.0
+        self._camera.distance, self._camera.azimuth, self._camera.elevation = VIEW
         # Reflections cost a second pass, and software renderers have little to give.
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
 
