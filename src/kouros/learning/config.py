@@ -92,7 +92,8 @@ class TrainConfig:
     """Control steps, of all worlds together, to train for.
     If not given: 2.5 million, or what the resumed run was given."""
     minutes: float = math.inf
-    """Minutes after which to stop, if the steps are not done by then."""
+    """Minutes of training after which to stop, if the steps are not done by then.
+    What a resumed run trained before counts."""
     save_interval: int = 50
     """Iterations between checkpoints."""
     seed: int = 0
