@@ -44,6 +44,16 @@ def kouros(*args: str, **options) -> subprocess.CompletedProcess[str]:
     )
 
 
+def on_a_full_disk(room: int, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where no file may grow beyond ``room`` bytes: the operating system refuses the write."""
+    limit = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+"""
+    return subprocess.run([sys.executable, "-c", limit + code], capture_output=True, text=True)
+
+
 class TestFiles:
     def test_all_or_nothing(self, tmp_path: Path) -> None:
         path = tmp_path / "folder" / "a.json"
@@ -55,20 +65,17 @@ class TestFiles:
         assert list(path.parent.iterdir()) == [path]
 
     def test_full_disk_is_said_and_harms_nothing(self, tmp_path: Path) -> None:
-        """A file size limit stands for the full disk: the operating system refuses the write."""
         path = tmp_path / "c.pt"
         checkpoint.save(path, {"x": torch.zeros(10)})
         code = f"""
-import resource, signal, torch
+import torch
 from kouros.learning import checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     checkpoint.save({str(path)!r}, {{"x": torch.zeros(100_000)}})
 except OSError as error:
     print(error)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = on_a_full_disk(4096, code)
         assert re.search(r"could not write .*c\.pt.*MB are free", done.stdout), done.stderr
         assert checkpoint.load(path)["x"].shape == (10,)
         assert list(tmp_path.iterdir()) == [path]
@@ -144,17 +151,15 @@ class TestRun:
         train(tiny(folder, 64))
 
     def test_a_full_disk_in_the_middle_of_a_run(self, tmp_path: Path) -> None:
-        """A file size limit stands for it: the checkpoint before is whole and the way on is said."""
+        """The checkpoint before is whole and the way on is said."""
         folder = train(tiny(tmp_path / "run", 64))
         limit = (folder / "checkpoint.pt").stat().st_size - 1000
         code = f"""
-import resource, signal, sys
-import kouros.cli, kouros.learning.ppo
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+import sys
+import kouros.cli
 sys.exit(kouros.cli.main(["train", "--resume", {str(folder)!r}, "--steps=640"]))
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = on_a_full_disk(limit, code)
         assert done.returncode == 1
         assert re.search(rf"kouros: could not write .*kouros train --resume {folder}", done.stderr)
         assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] == 1

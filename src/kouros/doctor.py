@@ -53,9 +53,9 @@ def _video() -> str:
 
 
 def _viewer() -> str:
-    if platform.system() == "Linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return "no display here: kouros play writes a video"
-    return "kouros play --viewer"
+    from kouros.envs.scene import has_display
+
+    return "kouros play --viewer" if has_display() else "no display here: kouros play writes a video"
 
 
 def _onnx() -> str:

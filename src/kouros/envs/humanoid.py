@@ -92,11 +92,9 @@ class HumanoidBaseEnv(VectorEnv):
     def __init__(self, config: HumanoidEnvConfig | None = None, device: str | torch.device = "cpu") -> None:
         self.config = config = config or HumanoidEnvConfig()
         self.robot = robot = get_robot(config.robot)
-        for field, table in (("rewards", REWARDS), ("actor_observations", OBSERVATIONS)):
+        for field in ("rewards", "actor_observations", "critic_observations"):
             for name in getattr(config, field):
-                check_choice(field, name, table)
-        for name in config.critic_observations:
-            check_choice("critic_observations", name, OBSERVATIONS)
+                check_choice(field, name, REWARDS if field == "rewards" else OBSERVATIONS)
         too_high = f"must be below the {robot.base_height:g} m that {robot.name} starts at"
         require(config, "fall_height", config.fall_height < robot.base_height, too_high)
         pose_weights = _by_part("pose_weights", config.pose_weights, robot.joint_names)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from rich.progress import track
 
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
-from kouros.envs.scene import VIEW, Camera
+from kouros.envs.scene import VIEW, Camera, has_display
 from kouros.files import replacing
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
@@ -94,7 +92,7 @@ def open_viewer(
     Raises:
       RuntimeError: there is no display.
     """
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if not has_display():
         raise RuntimeError("viewer: there is no display here; leave --viewer out to write a video")
     import mujoco.viewer
 
@@ -110,9 +108,7 @@ def open_viewer(
         while viewer.is_running():
             robot.step(command or TOUR[int(step * config.control_dt / 3.0) % len(TOUR)])
             step += 1
-            shown = sim.data(0)
-            data.qpos[:], data.qvel[:] = shown.qpos, shown.qvel
-            mujoco.mj_forward(sim.model, data)
+            mujoco.mj_copyData(data, sim.model, sim.data(0))
             viewer.sync()
             time.sleep(max(0.0, start + step * config.control_dt - time.monotonic()))
 

@@ -116,20 +116,12 @@ class Camera:
 
 def _make_renderer(model: mujoco.MjModel, width: int, height: int) -> mujoco.Renderer:
     chosen = os.environ.get("MUJOCO_GL")
-    if sys.platform != "linux" or chosen:
-        backends = [chosen or "the system's"]
-    else:
-        backends = ["egl", "osmesa"]
+    ours_to_choose = sys.platform == "linux" and not chosen
     failures = []
-    for backend in backends:
+    for backend in ("egl", "osmesa") if ours_to_choose else (chosen or "the system's",):
         try:
-            if backend in ("egl", "osmesa") and not chosen:
-                # PyOpenGL keeps the platform of its first import.
-                os.environ["PYOPENGL_PLATFORM"] = backend
-                for name in [n for n in sys.modules if n.split(".")[0] == "OpenGL"]:
-                    del sys.modules[name]
-                context = importlib.import_module(f"mujoco.{backend}").GLContext
-                importlib.import_module("mujoco.rendering.classic.gl_context").GLContext = context  # type: ignore[attr-defined]
+            if ours_to_choose:
+                _use_backend(backend)
             return mujoco.Renderer(model, height, width)
         except Exception as error:  # whatever a missing driver raises
             failures.append(f"{backend}: {error}")
@@ -137,3 +129,17 @@ def _make_renderer(model: mujoco.MjModel, width: int, height: int) -> mujoco.Ren
         f"cannot draw here ({'; '.join(failures)}). "
         "On Debian or Ubuntu: apt install libegl1 libgl1-mesa-dri, or libosmesa6"
     )
+
+
+def _use_backend(name: str) -> None:
+    # PyOpenGL keeps the platform of its first import.
+    os.environ["PYOPENGL_PLATFORM"] = name
+    for module in [m for m in sys.modules if m.split(".")[0] == "OpenGL"]:
+        del sys.modules[module]
+    context = importlib.import_module(f"mujoco.{name}").GLContext
+    importlib.import_module("mujoco.rendering.classic.gl_context").GLContext = context  # type: ignore[attr-defined]
+
+
+def has_display() -> bool:
+    """Whether a window can be opened here."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
