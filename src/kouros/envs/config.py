@@ -49,6 +49,11 @@ class HumanoidEnvConfig:
     """Number of parallel worlds."""
     num_threads: int = 0
     """CPU threads of the physics; 0: as many as there are cores."""
+    engine: Literal["auto", "c", "warp"] = "auto"
+    """Physics: MuJoCo C, or MuJoCo Warp; auto: C on the CPU, Warp on a GPU."""
+    graph: bool = True
+    """On a GPU, record the step once as a CUDA graph and replay it; off: the same lines one by one,
+    several times slower, for debugging."""
 
     timestep: float = 0.005
     """Physics step, s."""
@@ -102,6 +107,13 @@ class HumanoidEnvConfig:
     """Largest deviation from the default pose at reset, rad."""
     initial_velocity: float = 0.5
     """Largest base velocity at reset, m/s in x and y and rad/s in yaw."""
+
+    push_velocity: float = 0.0
+    """Speed that a push adds to the base at once, m/s, horizontally in a random direction."""
+    push_interval: tuple[float, float] = (1.0, 3.0)
+    """Shortest and longest time between pushes, s."""
+    ground_friction: tuple[float, float] = (1.0, 1.0)
+    """Friction coefficients of the ground, one drawn per world and episode."""
 
     harness: float = 1.0
     """Strength, 0 to 1, that each world's training harness begins with.
@@ -157,19 +169,21 @@ class HumanoidEnvConfig:
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
         not_negative = (
             "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height "
-            "target_height"
+            "target_height push_velocity"
         )
         for name in not_negative.split():
             require(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("command_vx", "command_vy", "command_yaw"):
+        for name in ("command_vx", "command_vy", "command_yaw", "push_interval", "ground_friction"):
             low, high = getattr(self, name)
             require(self, name, low <= high, "must be (lowest, highest)")
+        for name in ("push_interval", "ground_friction"):
+            require(self, name, getattr(self, name)[0] > 0, "must be greater than 0")
         require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
         require(self, "standing_fraction", 0 <= self.standing_fraction <= 1, "must lie in [0, 1]")
         require(self, "swing_fraction", 0 < self.swing_fraction < 1, "must lie between 0 and 1")
         require(self, "timestep", self.timestep <= 0.02, "must be at most 0.02 s: longer steps diverge")
         require(self, "initial_joint_noise", self.initial_joint_noise <= math.pi, "must be at most pi rad")
-        for name in ("control_mode", "collisions"):
+        for name in ("control_mode", "collisions", "engine"):
             check_choice(name, getattr(self, name), get_args(get_type_hints(type(self))[name]))
         for name in ("actor_observations", "critic_observations"):
             terms = getattr(self, name)

@@ -15,7 +15,8 @@ from kouros.checks import check_choice, require
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.observations import OBSERVATIONS, mirror
 from kouros.envs.rewards import REWARDS
-from kouros.envs.scene import Camera, make_model
+from kouros.envs.scene import CONTACTS, Camera, make_model
+from kouros.graphs import Recorded, is_recording
 from kouros.physics.articulation import ArticulationView
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, up_in_body
 from kouros.physics.simulation import make_simulation
@@ -99,7 +100,12 @@ class HumanoidBaseEnv(VectorEnv):
         require(config, "fall_height", config.fall_height < robot.base_height, too_high)
         pose_weights = _by_part("pose_weights", config.pose_weights, robot.joint_names)
         self.simulation = make_simulation(
-            make_model(robot, config), config.num_envs, device, num_threads=config.num_threads
+            make_model(robot, config),
+            config.num_envs,
+            device,
+            config.engine,
+            config.num_threads,
+            CONTACTS[config.collisions],
         )
         self.device = self.simulation.device
         self.pose_weights = torch.tensor(pose_weights, device=self.device)
@@ -109,6 +115,7 @@ class HumanoidBaseEnv(VectorEnv):
         self._camera: Camera | None = None
         self._generator = torch.Generator(self.device)
         self._generator.seed()
+        self._recorded: Recorded | None = None
         self._allocate()
         self._refresh()
 
@@ -120,6 +127,8 @@ class HumanoidBaseEnv(VectorEnv):
             "critic_obs": mirror(actor + critic, sizes, robot),
             "action": (torch.tensor(robot.mirror_joint), torch.tensor(robot.mirror_sign).float()),
         }
+        # The step waits for nothing and has fixed shapes: whoever has a graph may record it.
+        self.graph_safe = config.graph and self.device.type == "cuda"
         self.single_observation_space = _box(np.inf, self._actor_dim)
         self.critic_observation_space = _box(np.inf, sum(sizes))
         self.single_action_space = _box(config.action_limit, robot.num_joints)
@@ -140,7 +149,6 @@ class HumanoidBaseEnv(VectorEnv):
         # One float32 copy of what is read in every step; the public tensors are views of it.
         self._read = zeros(model.nq + model.nv + model.nsensordata)
         parts = self._read.split([model.nq, model.nv, model.nsensordata], dim=1)
-        self._sources = tuple(zip(parts, (sim.qpos, sim.qvel, sim.sensordata), strict=True))
         qpos, qvel, sensors = parts
 
         def sensor(first: str, count: int, size: int) -> torch.Tensor:
@@ -166,6 +174,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.episode_length = zeros(dtype=torch.int64)
         self._episode_return = zeros()
         self.harness = torch.full_like(self.phase, config.harness)
+        self._until_push = zeros()
         self._harness_wrench = sim.field("xfrc_applied")[:, model.body(robot.base_body).id, 2:5]
 
         self.resampling_steps = max(1, round(config.resampling_interval / config.control_dt))
@@ -184,6 +193,11 @@ class HumanoidBaseEnv(VectorEnv):
         moving = model.nq + np.array([0, 1, 5])  # base velocity: x, y, yaw
         low[moving], high[moving] = -config.initial_velocity, config.initial_velocity
         self._initial_low, self._initial_range = constant(low), constant(high - low)
+
+        self._ground_friction: torch.Tensor | None = None
+        if config.ground_friction != (1.0, 1.0):
+            friction = sim.model_field("geom_friction")
+            self._ground_friction = friction[:, model.geom("ground").id, 0]
 
         offset, scale = {
             "position": (robot.default_joint_pos, robot.action_scale),
@@ -261,7 +275,17 @@ class HumanoidBaseEnv(VectorEnv):
             bad = int((~torch.isfinite(actions)).any(-1).nonzero()[0])
             raise ValueError(f"actions: not finite in world {bad}; the policy has diverged")
         with torch_threads(1):
+            if self.graph_safe and not is_recording():
+                return self._replay(actions.detach())
             return self._step(actions.detach())
+
+    def _replay(self, actions: torch.Tensor):
+        """:meth:`_step` as a CUDA graph, recorded at its first call."""
+        if self._recorded is None:
+            self._actions = torch.zeros_like(actions)
+            self._recorded = Recorded(lambda: self._step(self._actions), self.device, [self._generator], self)
+        self._actions.copy_(actions)
+        return torch.utils._pytree.tree_map(torch.clone, self._recorded.replay())
 
     def _step(self, actions: torch.Tensor):
         """The tensor program: no host synchronization, no shape that depends on data."""
@@ -310,11 +334,18 @@ class HumanoidBaseEnv(VectorEnv):
         }
 
         new_command = done | (self.episode_length % self.resampling_steps == 0)
+        changed = new_command
+        if config.push_velocity:
+            self._until_push -= config.control_dt
+            pushed = (self._until_push <= 0.0) & ~done
+            changed = changed | pushed
+            if sim.may_have(pushed):
+                self._push(pushed)
         if sim.may_have(done):
             self._begin_episodes(done)
-            self._refresh()
-        if sim.may_have(new_command):
+        if sim.may_have(changed):
             self._resample_commands(new_command)
+            self._refresh()
             critic_obs = self._observations()
             final_obs = torch.where(done.unsqueeze(-1), final_obs, critic_obs)
         info |= {"final_obs": final_obs[:, : self._actor_dim], "final_critic_obs": final_obs}
@@ -330,8 +361,8 @@ class HumanoidBaseEnv(VectorEnv):
 
     def _refresh(self) -> None:
         """Bring the public tensors to the simulation's present state, float32 and finite."""
-        for target, source in self._sources:
-            target.copy_(source)
+        sim = self.simulation
+        torch.cat((sim.qpos, sim.qvel, sim.sensordata), dim=1, out=self._read)
         self.sick = ~(self._read.abs().amax(-1) < SICK)
         self._read.masked_fill_(self.sick.unsqueeze(-1), 0.0)
         self.base_up_b = up_in_body(self.base_quat_w)
@@ -406,6 +437,17 @@ class HumanoidBaseEnv(VectorEnv):
         threshold = self.config.standing_command**2
         torch.gt(self.command.square().sum(-1), threshold, out=self.ordered)
 
+    def _push(self, mask: torch.Tensor) -> None:
+        """Add ``push_velocity`` to the base's velocity, horizontally in a random direction."""
+        angle = (2.0 * torch.pi) * self._uniform(1)
+        push = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1) * self.config.push_velocity
+        self.simulation.qvel[:, :2] += push * mask.unsqueeze(-1)
+        self._until_push.copy_(torch.where(mask, self._push_intervals(), self._until_push))
+
+    def _push_intervals(self) -> torch.Tensor:
+        low, high = self.config.push_interval
+        return self._uniform(1)[:, 0] * (high - low) + low
+
     def _begin_episodes(self, mask: torch.Tensor) -> None:
         sim, rows = self.simulation, mask.unsqueeze(-1)
         draw = self._uniform(2 + len(self._initial_low))
@@ -415,7 +457,13 @@ class HumanoidBaseEnv(VectorEnv):
         sim.reset(mask)
         sim.qpos.copy_(torch.where(rows, qpos, sim.qpos))
         sim.qvel.copy_(torch.where(rows, qvel, sim.qvel))
-        sim.forward(mask)
+        sim.kinematics(mask)
+        if self._ground_friction is not None:
+            low, high = self.config.ground_friction
+            draws = self._uniform(1)[:, 0] * (high - low) + low
+            self._ground_friction.copy_(torch.where(mask, draws, self._ground_friction))
+        if self.config.push_velocity:
+            self._until_push.copy_(torch.where(mask, self._push_intervals(), self._until_push))
 
         for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
             buffer.masked_fill_(rows, 0.0)
@@ -472,6 +520,7 @@ _STATE = (
     "episode_length",
     "_episode_return",
     "harness",
+    "_until_push",
 )
 
 

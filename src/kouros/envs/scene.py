@@ -12,6 +12,10 @@ import numpy as np
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.robots import Robot
 
+# The most contacts of one robot. feet: two ends of four capsules; full: 28 were seen on robots that flail
+# on the ground, and the worlds share what they do not use (MuJoCo Warp only).
+CONTACTS = {"feet": 8, "full": 32}
+
 
 def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     """The compiled model of one world: the robot on flat ground, with the config's physics options."""
@@ -45,6 +49,8 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
         material="ground",
         contype=1,
         conaffinity=0,
+        friction=[1.0, 0.005, 0.0001],
+        priority=1,  # the ground's friction counts, not the larger of the two
     )
     light = mujoco.mjtLightType
     spec.worldbody.add_light(

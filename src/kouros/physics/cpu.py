@@ -45,6 +45,8 @@ class CpuSimulation(Simulation):
         self._state = _tensor(self._batch.state)
         self.qpos, self.qvel, self.ctrl = (self.field(name) for name in ("qpos", "qvel", "ctrl"))
         self.sensordata = self.field("sensordata")
+        last_stage = self.model.sensor_needstage == mujoco.mjtStage.mjSTAGE_ACC
+        self._force_columns = torch.from_numpy(np.repeat(last_stage, self.model.sensor_dim))
         self.seconds = 0.0
 
     @property
@@ -72,6 +74,13 @@ class CpuSimulation(Simulation):
         if ids is None or len(ids):
             self._batch.forward(ids)
 
+    def kinematics(self, mask: torch.Tensor | None = None) -> None:
+        ids = _ids(mask)
+        if ids is None or len(ids):
+            self._batch.forward(ids, stage=mujoco.mjtStage.mjSTAGE_VEL)
+            rows = torch.tensor(True) if mask is None else mask.unsqueeze(-1)
+            self.sensordata.masked_fill_(rows & self._force_columns, 0.0)
+
     def reset(self, mask: torch.Tensor | None = None) -> None:
         ids = _ids(mask)
         if ids is None or len(ids):
@@ -79,6 +88,9 @@ class CpuSimulation(Simulation):
 
     def may_have(self, mask: torch.Tensor) -> bool:
         return bool(mask.any())
+
+    def overflow(self) -> torch.Tensor:
+        return torch.zeros(self.num_worlds, dtype=torch.bool)  # MuJoCo C has room for all
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         fields = {

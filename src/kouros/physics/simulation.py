@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Literal, get_args
 
 import mujoco
 import torch
+
+from kouros.checks import check_choice
+
+Engine = Literal["auto", "c", "warp"]
 
 
 class Simulation(abc.ABC):
@@ -77,6 +81,13 @@ class Simulation(abc.ABC):
         """Compute derived fields from the present state (``mj_forward``)."""
 
     @abc.abstractmethod
+    def kinematics(self, mask: torch.Tensor | None = None) -> None:
+        """Compute poses, velocities and their sensors from the present state; force sensors read zero.
+
+        What a reset needs: a fraction of :meth:`forward`, which solves for the forces too.
+        """
+
+    @abc.abstractmethod
     def reset(self, mask: torch.Tensor | None = None) -> None:
         """Put whole state rows back to the model's defaults, solver warm start and forces included.
 
@@ -86,6 +97,13 @@ class Simulation(abc.ABC):
     @abc.abstractmethod
     def may_have(self, mask: torch.Tensor) -> bool:
         """False where it is known without waiting that the mask is empty: work for it can be left out."""
+
+    @abc.abstractmethod
+    def overflow(self) -> torch.Tensor:
+        """Worlds that ever had more contacts than the engine has room for, bool ``(num_worlds,)``.
+
+        Their physics is wrong from then on.
+        """
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -119,15 +137,55 @@ class Simulation(abc.ABC):
 
 
 def make_simulation(
-    model: mujoco.MjModel, num_worlds: int, device: str | torch.device = "cpu", **options: Any
+    model: mujoco.MjModel,
+    num_worlds: int,
+    device: str | torch.device = "cpu",
+    engine: Engine = "auto",
+    num_threads: int = 0,
+    contacts: int = 48,
 ) -> Simulation:
-    """The engine for that device: MuJoCo C on the CPU.
+    """N worlds of a model.
+
+    Args:
+      model: copied by the simulation.
+      num_worlds: number of worlds.
+      device: ``cpu``, ``cuda`` or ``cuda:N``.
+      engine: ``c`` (MuJoCo C), ``warp`` (MuJoCo Warp) or ``auto``: C on the CPU, Warp on a GPU.
+      num_threads: of MuJoCo C; 0 for one a core.
+      contacts: room for so many contacts a world, on average; MuJoCo Warp only.
 
     Raises:
+      ImportError: MuJoCo Warp is not installed.
+      RuntimeError: no such device here.
       ValueError: no engine for the device, or a bad number of worlds.
     """
-    if str(device) == "cpu":
-        from kouros.physics.cpu import CpuSimulation
+    check_choice("engine", engine, get_args(Engine))
+    kind = str(device).partition(":")[0]
+    check_choice("device", kind, ["cpu", "cuda"])
+    if kind == "cuda":
+        require_cuda()
+    if engine == "warp" or (engine == "auto" and kind == "cuda"):
+        from kouros.physics.warp import WarpSimulation
 
-        return CpuSimulation(model, num_worlds, **options)
-    raise ValueError(f"device={str(device)!r}: this version simulates on device='cpu' only")
+        return WarpSimulation(model, num_worlds, device, contacts)
+    if kind == "cuda":
+        raise ValueError(f"engine={engine!r}: MuJoCo C simulates on device='cpu' only")
+    from kouros.physics.cpu import CpuSimulation
+
+    return CpuSimulation(model, num_worlds, num_threads)
+
+
+def require_cuda() -> None:
+    """Raise ``RuntimeError`` with the reason and the remedy unless torch can compute on a GPU."""
+    if torch.version.cuda is None:
+        raise RuntimeError(
+            f"device='cuda': torch {torch.__version__} is built for the CPU; "
+            "pip install torch --index-url https://download.pytorch.org/whl/cu128, or use --device cpu"
+        )
+    try:
+        torch.cuda.init()
+    except Exception as error:  # no driver, an old one, no device: torch says which
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"device='cuda': {reason}; update the NVIDIA driver, or use --device cpu"
+        ) from error

@@ -1,0 +1,102 @@
+"""CUDA graphs: a function of fixed tensors, recorded once and replayed without the host."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+class Recorded:
+    """A function recorded as one CUDA graph: the same kernels on the same memory at each replay.
+
+    The function takes nothing, reads and writes tensors that stay where they are, and may return any
+    structure of tensors: each replay fills the same ones anew. It runs twice before it is recorded
+    (libraries set themselves up); what that changed is put back.
+
+    Args:
+      function: without host synchronization and without shapes that depend on data.
+      device: the GPU.
+      generators: random generators it draws from; each replay draws on.
+      owner: an object with ``state_dict`` and ``load_state_dict`` that the function changes; its tensor
+        attributes are those of the recording after each replay.
+      tensors: what else it changes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        device: torch.device,
+        generators: Sequence[torch.Generator] = (),
+        owner: Any = None,
+        tensors: Sequence[torch.Tensor] = (),
+    ) -> None:
+        state = owner.state_dict() if owner is not None else None
+        copies = [tensor.clone() for tensor in tensors]
+        random = [generator.get_state() for generator in generators]
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            function()
+            function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        if owner is not None:
+            owner.load_state_dict(state)
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+        for generator, before in zip(generators, random, strict=True):
+            generator.set_state(before)
+        torch.cuda.synchronize(device)
+
+        self._owner = owner
+        self._graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self._graph.register_generator_state(generator)
+        # A pool by thread: MuJoCo Warp's loops suspend the recording, and torch would take the memory
+        # of what follows from the common pool, and give it away afterwards.
+        self._pool: Any = torch.cuda.MemPool()
+        recording = torch.cuda.graph(
+            self._graph, pool=self._pool.id, stream=stream, capture_error_mode="thread_local"
+        )
+        with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
+            self.result = function()
+        attributes = vars(owner).items() if owner is not None else ()
+        self._attributes = {name: v for name, v in attributes if isinstance(v, torch.Tensor)}
+
+    def replay(self) -> Any:
+        """Run it once more; the same result tensors, filled anew."""
+        self._graph.replay()
+        for name, tensor in self._attributes.items():
+            setattr(self._owner, name, tensor)
+        return self.result
+
+
+@functools.cache
+def warp_stream(stream: torch.cuda.Stream) -> Any:
+    """Warp's view of a torch stream: the same object each time, by which Warp knows its recordings."""
+    import warp as wp
+
+    return wp.stream_from_torch(stream)
+
+
+@contextlib.contextmanager
+def _warp_recording(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Tell Warp, where it is in use, that torch records this stream."""
+    if "warp" not in sys.modules:
+        yield
+        return
+    import warp as wp
+
+    same = warp_stream(stream)
+    with wp.ScopedStream(same, sync_enter=False), wp.ScopedCapture(stream=same, external=True):
+        yield
+
+
+def is_recording() -> bool:
+    """Whether the current stream is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
