@@ -32,7 +32,7 @@ class Config:
     """Control steps before the first test."""
     every: float = 0.25e6
     """Control steps between tests, until one is passed."""
-    steps: int = DEFAULT_STEPS
+    steps: int = DEFAULT_STEPS["cpu"]
     """Control steps of a whole run, which ends with a test."""
     runs: Path = Path("runs/time_to_walk")
     """Folder of the runs."""

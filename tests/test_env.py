@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -474,6 +475,9 @@ OTHER = {
     "swing_height": 0.02,
     "initial_joint_noise": 0.0,
     "initial_velocity": 0.0,
+    "push_velocity": 1.0,
+    "push_interval": (0.1, 0.2),
+    "ground_friction": (0.1, 0.3),
     "harness": 0.5,
     "harness_fall_time": 0.1,
     "actor_observations": ("command", "joint_pos"),
@@ -484,14 +488,16 @@ OTHER = {
     "target_height": 0.8,
     "pose_weights": {"knee": 1.0},
 }
-# One robot so far; the engine is bit-equal at any number of threads (test_physics); and the first point
-# of a line search is good enough for a robot that does not break.
-WITHOUT_EFFECT = {"robot", "num_threads", "line_search_iterations"}
+# One robot so far; MuJoCo C is bit-equal at any number of threads (test_physics), the engines agree
+# (test_warp), a graph is of a GPU; and the first point of a line search is good enough for a robot that
+# does not break.
+WITHOUT_EFFECT = {"robot", "num_threads", "engine", "graph", "line_search_iterations"}
 
 
 def trace(**changes: object) -> list[torch.Tensor]:
     """What an environment returns in 60 steps of random actions, episodes ending both ways."""
-    env = make_env(**{"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2, **changes})  # type: ignore[arg-type]
+    base: dict[str, Any] = {"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2}
+    env = make_env(**{**base, "push_velocity": 0.5, "push_interval": (0.3, 0.6), **changes})
     generator = torch.Generator().manual_seed(0)
     steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(60)]
     returned = [torch.stack([s[i] for s in steps]).float() for i in range(4)]

@@ -88,10 +88,10 @@ def test_std_bounds_are_fixed_and_no_trap() -> None:
     agent = PPOAgent(Target(), dataclasses.replace(SMALL, entropy_weight=1e3, learning_rate=1.0))
     actor = agent.actor
     assert {name for name, _ in actor.named_parameters() if "std" in name} == {"log_std"}
-    agent.update(agent.collect_rollouts()[0])
+    agent.update(agent.collect_rollouts())
     assert actor.log_std.exp().tolist() == pytest.approx([STD_RANGE[1]] * 2)
     agent.config.entropy_weight = -1e3
-    agent.update(agent.collect_rollouts()[0])
+    agent.update(agent.collect_rollouts())
     assert (actor.log_std.exp() < STD_RANGE[1]).all()
 
 
@@ -182,7 +182,7 @@ def test_stored_actions_are_the_drawn_ones() -> None:
     """The environment sees clipped actions; the buffer keeps what the log-probability belongs to."""
     env = Target(limit=0.1)
     agent = PPOAgent(env, dataclasses.replace(SMALL, initial_std=1.0))
-    rollout, _ = agent.collect_rollouts()
+    rollout = agent.collect_rollouts()
     assert env.largest_action <= np.float32(0.1)
     assert rollout.actions.abs().max() > 1.0
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_rollout_never_crosses_an_episode(mode: AutoresetMode) -> None:
 
     env = SyncVectorEnv([lambda n=n: Clock(n) for n in (3, 5)], autoreset_mode=mode)
     agent = PPOAgent(env, dataclasses.replace(SMALL, horizon=20))
-    rollout, _ = agent.collect_rollouts()
+    rollout = agent.collect_rollouts()
     ticks = (rollout.next_critic_obs - rollout.critic_obs).squeeze(-1)
     assert (ticks[rollout.valid] == 1.0).all()
     assert rollout.done.any()
@@ -233,7 +233,7 @@ def test_rollout_never_crosses_an_episode(mode: AutoresetMode) -> None:
     assert rollout.valid.all() == (mode == AutoresetMode.SAME_STEP)
     agent.update(rollout)
     assert agent.evaluate(4)["length"] == 4.0
-    rollout, _ = agent.collect_rollouts()  # after an evaluation: from the beginning of an episode
+    rollout = agent.collect_rollouts()  # after an evaluation: from the beginning of an episode
     assert (rollout.obs[0] == 0.0).all()
 
 
@@ -241,7 +241,7 @@ def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
     """The step that descends on the loss is along minus its numerical gradient."""
     env = Target()
     agent = PPOAgent(env, SMALL)
-    rollout, _ = agent.collect_rollouts()
+    rollout = agent.collect_rollouts()
     batch = {
         "obs": rollout.obs.flatten(0, 1).double(),
         "actions": rollout.actions.flatten(0, 1).double(),
@@ -276,7 +276,7 @@ def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
         return torch.zeros(())
 
     learner.descend = keep  # type: ignore[method-assign]
-    agent._update_actor(batch, [torch.arange(512)])
+    agent._actor_gradients(batch, [torch.arange(512)])
     assert numerical == pytest.approx(
         [seen[0][i].item() for i in ((0, 0), (3, 1), (7, 0))], rel=1e-4, abs=1e-8
     )
@@ -285,16 +285,38 @@ def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
 def test_a_bad_gradient_is_skipped_and_counted() -> None:
     """One minibatch a network: its gradient is not finite, its parameters stay as they were."""
     agent = PPOAgent(Target(), dataclasses.replace(SMALL, epochs=1, minibatches=1))
-    rollout, _ = agent.collect_rollouts()
+    rollout = agent.collect_rollouts()
     parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
     before = [p.clone() for p in parameters]
     rollout.rewards[0, 0] = float("inf")
-    assert agent.update(rollout)["learning/skipped_updates"] == 2
+    agent.update(rollout)
+    assert agent._read_log()["learning/skipped_updates"] == 2
     for p, old in zip(parameters, before, strict=True):
         assert torch.equal(p, old)
-    rollout, _ = agent.collect_rollouts()
+    rollout = agent.collect_rollouts()
     agent.update(rollout)
     assert not torch.equal(agent.actor.mlp[0].weight, before[1])
+
+
+@pytest.mark.parametrize(("target", "direction"), [(1e-9, -1), (1e3, 1), (0.0, 0)])
+def test_the_rate_follows_the_divergence(target: float, direction: int) -> None:
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, target_kl=target))
+    logs: list[dict[str, float]] = []
+    agent.train(4, logs.append)
+    rates = [log["learning/learning_rate"] for log in logs[1:]]
+    assert rates[0] == pytest.approx(SMALL.learning_rate * 1.5**direction)
+    assert np.sign(np.diff(rates)).tolist() == [direction] * 2
+    assert agent._critic_learner.rate == agent._actor_learner.rate
+
+
+def test_a_log_of_several_iterations_is_their_mean() -> None:
+    one, two = [], []
+    PPOAgent(Target(), SMALL).train(4, one.append)
+    PPOAgent(Target(), SMALL).train(4, two.append, log_interval=2)
+    assert len(two) == 2
+    for name in ("reward/mean", "learning/value_loss", "learning/std"):
+        assert two[1][name] == pytest.approx((one[2][name] + one[3][name]) / 2, rel=1e-5)
+    assert two[1]["learning/skipped_updates"] == 0
 
 
 def state_bytes(agent: PPOAgent) -> list[torch.Tensor]:

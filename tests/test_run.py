@@ -184,7 +184,7 @@ sys.exit(kouros.cli.main(["train", "--resume", {str(folder)!r}, "--steps=640"]))
             (lambda p: TrainConfig(resume=p, run=p / "other"), ValueError, "leave --run out"),
             (lambda p: train(TrainConfig(resume=p)), FileNotFoundError, r"no config\.json"),
             (lambda p: load_policy(p / "x"), FileNotFoundError, "neither a run folder"),
-            (lambda p: train(tiny(p, 1, device="cuda:9")), ValueError, "device='cuda:9'"),
+            (lambda p: train(tiny(p, 1, device="cuda:9")), RuntimeError, "device='cuda:9'"),
         ],
     )
     def test_bad_input(self, tmp_path: Path, make, error: type, message: str) -> None:

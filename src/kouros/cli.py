@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from kouros import __version__
 from kouros.checks import require
-from kouros.learning.config import TrainConfig
+from kouros.devices import pick_device
+from kouros.envs.config import HumanoidEnvConfig
+from kouros.learning.config import PPOConfig, TrainConfig, train_defaults
 
 
 @dataclasses.dataclass
@@ -78,11 +81,15 @@ class Bench:
     """Measure this machine: raw physics, environment and learning, in one run."""
 
     worlds: tuple[int, ...] = (256,)
-    """Numbers of worlds to measure with."""
+    """Numbers of worlds to measure with, one after the other."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto for a GPU where there is one."""
     seconds: float = 5.0
     """Time for each number of worlds, s."""
     output: Path | None = None
     """JSON file to save the figures in."""
+    env: HumanoidEnvConfig = dataclasses.field(default_factory=HumanoidEnvConfig)
+    ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
 
 @dataclasses.dataclass
@@ -175,12 +182,15 @@ def export(config: Export) -> None:
 
 
 def bench(config: Bench) -> None:
-    from kouros.envs.config import HumanoidEnvConfig
     from kouros.files import write_json
     from kouros.learning.bench import Bench as Layers
     from kouros.learning.bench import report
 
-    results = [Layers(HumanoidEnvConfig(num_envs=n)).measure(config.seconds) for n in config.worlds]
+    device = pick_device(config.device)
+    results = [
+        Layers(dataclasses.replace(config.env, num_envs=n), config.ppo, device).measure(config.seconds)
+        for n in config.worlds
+    ]
     report(results)
     if config.output:
         write_json(config.output, results)
@@ -209,14 +219,27 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
+def _commands(args: list[str]) -> Any:
+    """What tyro parses; the defaults of ``train`` are those of its device."""
+    kinds: dict[str, Any] = {}
+    for name, (kind, _) in COMMANDS.items():
+        default: dict[str, Any] = {}
+        if name == "train" and args[:1] == ["train"]:
+            given = [b for a, b in itertools.pairwise(args) if a == "--device"]
+            given += [a.removeprefix("--device=") for a in args if a.startswith("--device=")]
+            default = {"default": train_defaults(pick_device(*given[-1:]))}
+        kinds[name] = Annotated[kind, tyro.conf.subcommand(name, **default)]
+    return Union[tuple(kinds.values())]  # noqa: UP007 (made at run time)
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    if (args or sys.argv[1:]) == ["--version"]:
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
         print(f"kouros {__version__}")
         return 0
-    types: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
     try:
-        config = tyro.extras.subcommand_cli_from_dict(types, prog="kouros", args=args)
+        config: Any = tyro.cli(_commands(args), prog="kouros", args=args)
         command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))
         command(config)
     except BrokenPipeError:  # kouros train --help | head

@@ -129,6 +129,7 @@ class HumanoidBaseEnv(VectorEnv):
         }
         # The step waits for nothing and has fixed shapes: whoever has a graph may record it.
         self.graph_safe = config.graph and self.device.type == "cuda"
+        self.generators = [self._generator]
         self.single_observation_space = _box(np.inf, self._actor_dim)
         self.critic_observation_space = _box(np.inf, sum(sizes))
         self.single_action_space = _box(config.action_limit, robot.num_joints)

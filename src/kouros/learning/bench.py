@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from rich.console import Console
@@ -12,12 +12,13 @@ from rich.table import Table
 
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.graphs import Recorded
 from kouros.learning.config import PPOConfig
 from kouros.learning.ppo import PPOAgent
 from kouros.physics.simulation import make_simulation
 
 
-def interleaved(functions: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """Durations of each function, called in turn: a machine's moods fall on all of them alike.
 
     Args:
@@ -32,33 +33,59 @@ def interleaved(functions: dict[str, Callable[[], None]], seconds: float) -> dic
     turns = 0
     while turns < 4 or time.perf_counter() - start < seconds:
         for name, function in functions.items():
+            _synchronize()
             before = time.perf_counter()
             function()
+            _synchronize()
             times[name].append(time.perf_counter() - before)
+        if not turns:
+            start = time.perf_counter()  # the first turn compiles and records
         turns += 1
     return {name: values[1:] for name, values in times.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Bench:
     """An environment, raw physics on the same model, and a learner.
 
-    Raw physics is ``simulation.step`` alone, driven by the controls that the environment gave its own
-    worlds and from the same states: the robots of both fall and stand alike.
+    Raw physics is the engine's step alone, driven by the controls that the environment gave its own
+    worlds and from the same states: the robots of both fall and stand alike. On a GPU it is a CUDA
+    graph too.
     """
 
-    def __init__(self, config: HumanoidEnvConfig) -> None:
+    def __init__(self, config: HumanoidEnvConfig, ppo: PPOConfig | None = None, device: str = "cpu") -> None:
         start = time.perf_counter()
-        self.env = HumanoidBaseEnv(config)
+        free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+        self.env = env = HumanoidBaseEnv(config, device)
         self.build_seconds = time.perf_counter() - start
-        self._raw = make_simulation(self.env.simulation.model, config.num_envs)
-        self._agent = PPOAgent(self.env, PPOConfig())
+        self._agent = PPOAgent(env, ppo or PPOConfig())
         self.horizon = self._agent.config.horizon
-        self._generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(env.device).manual_seed(0)
+        shape = (env.num_envs, env.robot.num_joints)
         self._actions = [
-            0.5 * torch.randn(self.env.num_envs, self.env.robot.num_joints, generator=self._generator)
-            for _ in range(self.horizon)
+            0.5 * torch.randn(shape, generator=generator, device=env.device) for _ in range(self.horizon)
         ]
-        self._controls = [self.env.simulation.ctrl.clone()] * self.horizon
+        self.first_step_seconds = -time.perf_counter()
+        env.step(self._actions[0])
+        _synchronize()
+        self.first_step_seconds += time.perf_counter()
+        self.bytes_per_world = 0.0
+        if device != "cpu":
+            self.bytes_per_world = (free - torch.cuda.mem_get_info()[0]) / env.num_envs
+        self._raw = make_simulation(env.simulation.model, env.num_envs, device, config.engine)
+        self._controls = [env.simulation.ctrl.clone()] * self.horizon
+        self._recorded: Recorded | None = None
+
+    def _raw_step(self) -> None:
+        if self._raw.device.type == "cpu":
+            self._raw.step(self.env.config.frame_skip)
+            return
+        for _ in range(self.env.config.frame_skip):
+            self._raw.step()  # sensors every time: MuJoCo Warp's own step, nothing left out
 
     def env_steps(self) -> None:
         """``env.step``, ``horizon`` times: observations, rewards and resets included."""
@@ -67,9 +94,13 @@ class Bench:
 
     def physics_steps(self) -> None:
         """The physics of the last :meth:`remember`, alone."""
+        step = self._raw_step
+        if self._raw.device.type == "cuda":
+            self._recorded = self._recorded or Recorded(step, self._raw.device, owner=self._raw)
+            step = self._recorded.replay
         for ctrl in self._controls:
             self._raw.ctrl.copy_(ctrl)
-            self._raw.step(self.env.config.frame_skip)
+            step()
 
     def remember(self) -> None:
         """Put the raw worlds where the environment is, and note the controls it is about to give."""
@@ -77,8 +108,16 @@ class Bench:
         scale, offset = self.env.action_scale, self.env.action_offset
         self._controls = [(offset + scale * a).to(self._raw.dtype) for a in self._actions]
 
+    def rollout(self) -> None:
+        """``horizon`` steps of the policy in the environment, stored."""
+        self._rollout = self._agent.collect_rollouts()
+
+    def update(self) -> None:
+        """One PPO update."""
+        self._agent.update(self._rollout)
+
     def iteration(self) -> None:
-        """One PPO iteration: rollout and update."""
+        """One PPO iteration: rollout and update, and the log read."""
         self._agent.train(1)
 
     def measure(self, seconds: float) -> dict[str, float]:
@@ -87,10 +126,14 @@ class Bench:
             "remember": self.remember,
             "physics": self.physics_steps,
             "env": self.env_steps,
+            "rollout": self.rollout,
+            "update": self.update,
             "iteration": self.iteration,
         }
+        self._agent.train(1)  # the first one only sets the normalizers
         times = interleaved(layers, seconds)
         samples = self.horizon * self.env.num_envs
+        median = {name: statistics.median(values) for name, values in times.items()}
 
         def ratio(slow: str, fast: str) -> float:
             return statistics.median(f / s for s, f in zip(times[slow], times[fast], strict=True))
@@ -98,17 +141,22 @@ class Bench:
         return {
             "worlds": self.env.num_envs,
             "build_seconds": self.build_seconds,
-            **{name: samples / statistics.median(times[name]) for name in layers if name != "remember"},
+            "first_step_seconds": self.first_step_seconds,
+            "kB_per_world": self.bytes_per_world / 1e3,
+            **{name: samples / median[name] for name in ("physics", "env", "rollout", "iteration")},
             "env / physics": ratio("env", "physics"),
+            "rollout / physics": ratio("rollout", "physics"),
             "iteration / env": ratio("iteration", "env"),
+            "update_ms": 1e3 * median["update"],
+            "iteration_ms": 1e3 * median["iteration"],
         }
 
 
 def report(results: list[dict[str, float]]) -> None:
-    """Print figures of :meth:`Bench.measure`, a row each."""
-    table = Table(title="control steps per second (medians), and ratios taken turn by turn")
-    for title in results[0]:
-        table.add_column(title, justify="right")
+    """Print figures of :meth:`Bench.measure`, a column each."""
+    table = Table("", title="control steps per second (medians), and ratios taken turn by turn")
     for row in results:
-        table.add_row(*(f"{v:.2f}" if v < 100 else f"{v:,.0f}" for v in row.values()))
+        table.add_column(f"{row['worlds']:,.0f} worlds", justify="right")
+    for name in results[0]:
+        table.add_row(name, *(f"{row[name]:,.{0 if row[name] >= 100 else 2}f}" for row in results))
     Console().print(table)

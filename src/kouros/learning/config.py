@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,6 +29,9 @@ class PPOConfig:
     """Parts the samples are split into; each is one gradient step an epoch."""
     learning_rate: float = 4e-4
     """Adam's step size."""
+    target_kl: float = 0.0
+    """Where this is not 0, the learning rate adapts: it is divided by 1.5 after an update that moved the
+    policy by more than twice this (mean KL divergence), multiplied after less than half of it."""
     gamma: float = 0.97
     """Discount per control step."""
     gae_lambda: float = 0.9
@@ -56,6 +59,9 @@ class PPOConfig:
     """Pass actions through tanh to the bounds of the action space; else they are clipped there."""
     normalize_observations: bool = True
     """Shift and scale observations by their running mean and deviation, inside the networks."""
+    graph: bool = True
+    """On a GPU, record a control step and a gradient step once as CUDA graphs and replay them; off: the
+    same lines one by one, for debugging."""
     symmetric: bool = True
     """Make the networks mirror-symmetric, where the environment says how it mirrors: a situation
     and its mirror image get mirrored actions and equal values."""
@@ -68,6 +74,7 @@ class PPOConfig:
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
         for name in ("gamma", "gae_lambda"):
             require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        require(self, "target_kl", self.target_kl >= 0, "must not be negative")
         require(self, "entropy_weight", self.entropy_weight >= 0, "must not be negative")
         low, high = STD_RANGE
         require(self, "initial_std", low <= self.initial_std <= high, f"must lie in [{low:g}, {high:g}]")
@@ -75,12 +82,13 @@ class PPOConfig:
             require(self, name, all(n > 0 for n in getattr(self, name)), "sizes must be positive")
 
 
-DEFAULT_STEPS = 2_500_000
+DEFAULT_STEPS = {"cpu": 2_500_000, "cuda": 20_000_000}
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    """Train a humanoid to walk, ten minutes or so on two cores; the run's folder gets the policy."""
+    """Train a humanoid to walk; the run's folder gets the policy.
+    Ten minutes or so on two cores, one on a GPU: each has its own defaults, shown here for this machine."""
 
     task: str = "walk"
     """Task, by name."""
@@ -90,25 +98,45 @@ class TrainConfig:
     """Folder of a run to go on with, exactly where its last checkpoint stands."""
     steps: int | None = None
     """Control steps, of all worlds together, to train for.
-    If not given: 2.5 million, or what the resumed run was given."""
+    If not given: 2.5 million, on a GPU 20 million, or what the resumed run was given."""
     minutes: float = math.inf
     """Minutes of training after which to stop, if the steps are not done by then.
     What a resumed run trained before counts."""
     save_interval: int = 50
     """Iterations between checkpoints."""
+    keep: bool = False
+    """Keep the policy of every checkpoint, as policy-ITERATION.pt."""
+    log_interval: int = 1
+    """Iterations between rows of the log, which hold their means; on a GPU nothing waits in between."""
     seed: int = 0
     """Seed of networks, exploration and worlds: the same seed gives the same policy on the CPU."""
-    device: str = "cpu"
-    """Where the worlds and the networks live."""
+    device: str = "auto"
+    """Where the worlds and the networks live: cpu, cuda, cuda:N, or auto for a GPU where there is one."""
     env: HumanoidEnvConfig = dataclasses.field(default_factory=HumanoidEnvConfig)
     ppo: PPOConfig = dataclasses.field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
-        for name in ("steps", "minutes", "save_interval"):
+        for name in ("steps", "minutes", "save_interval", "log_interval"):
             value = getattr(self, name)
             require(self, name, value is None or value > 0, "must be greater than 0")
         require(self, "seed", self.seed >= 0, "must not be negative")
         if self.resume and self.run not in (None, self.resume):
             raise ValueError(f"run={self.run}: --resume goes on in its own folder; leave --run out")
-        self.run = self.run or self.resume or Path("runs", f"{self.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+# What a GPU changes in the defaults of a task: many worlds cost it little more time than few.
+ON_GPU: dict[str, TrainConfig] = {
+    "walk": TrainConfig(
+        save_interval=500,
+        log_interval=10,
+        env=HumanoidEnvConfig(num_envs=1024),
+        ppo=PPOConfig(),
+    )
+}
+
+
+def train_defaults(device: str, task: str = "walk") -> TrainConfig:
+    """The configuration that a run of the task on that device begins with if nothing is said."""
+    check_choice("task", task, TASKS)
+    return copy.deepcopy(ON_GPU[task]) if device.startswith("cuda") else TrainConfig(task=task)

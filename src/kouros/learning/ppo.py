@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import nn
 
+from kouros.graphs import Recorded
 from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig
 from kouros.learning.networks import (
@@ -29,10 +31,17 @@ from kouros.learning.networks import (
 )
 from kouros.threads import torch_threads
 
+# What the log says of the gradient steps on each network: means over them.
+ACTOR_LOG = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "actor_gradient_norm")
+CRITIC_LOG = ("value_loss", "critic_gradient_norm")
+# The adaptive rate moves by this factor, between these bounds.
+RATE_FACTOR = 1.5
+RATE_RANGE = (1e-5, 1e-2)
+
 
 @dataclasses.dataclass
 class Rollout:
-    """``horizon`` steps of every world. Shapes ``(horizon, num_envs, ...)``.
+    """``horizon`` steps of every world. Shapes ``(horizon, num_envs, ...)``; the next rollout overwrites it.
 
     ``next_critic_obs`` is what followed each step within its own episode (never the first
     observation of the next one). ``valid`` is false for the steps in which an environment with
@@ -157,14 +166,57 @@ class PPOAgent:
             unchanged = (torch.zeros(1, dtype=torch.int64), torch.ones(1))
             actor_mirror = reflection(self.actor, self._mirror["obs"], self._mirror["action"])
             critic_mirror = reflection(self.critic, self._mirror["critic_obs"], unchanged)
-        self._actor_learner = _Learner(self.actor.to(self.device), config, actor_mirror)
-        self._critic_learner = _Learner(self.critic.to(self.device), config, critic_mirror)
+        self._actor_learner = _Learner(self.actor.to(self.device), config, actor_mirror, len(ACTOR_LOG))
+        self._critic_learner = _Learner(self.critic.to(self.device), config, critic_mirror, len(CRITIC_LOG))
         self._second_thread = ThreadPoolExecutor(1)
+        self._second_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.iteration = 0
         self.total_steps = 0
-        self._seconds = {"env": 0.0, "policy": 0.0}
         self._now: dict[str, torch.Tensor] | None = None
         self._episodes: dict[str, float] = {}
+        self._seconds = {"env": 0.0, "policy": 0.0}
+
+        # Where the next rollout goes, which step of it is next, and what is made of it.
+        n, horizon = env.num_envs, config.horizon
+        sizes = {
+            "obs": obs_dim,
+            "critic_obs": critic_dim,
+            "next_critic_obs": critic_dim,
+            "actions": action_dim,
+        }
+        kinds = {"terminated": torch.bool, "done": torch.bool, "valid": torch.bool}
+        self._rollout = Rollout(
+            **{
+                field.name: torch.zeros(
+                    (horizon, n, sizes[field.name]) if field.name in sizes else (horizon, n),
+                    dtype=kinds.get(field.name, torch.float32),
+                    device=self.device,
+                )
+                for field in dataclasses.fields(Rollout)
+            }
+        )
+        self._slot = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._order = torch.zeros(
+            config.epochs * config.minibatches,
+            samples // config.minibatches,
+            dtype=torch.int64,
+            device=self.device,
+        )
+        self._turn = torch.zeros(1, dtype=torch.int64, device=self.device)
+        names = ("obs", "critic_obs", "actions", "log_probs")
+        self._batch = {name: getattr(self._rollout, name).flatten(0, 1) for name in names}
+        for name in ("advantages", "values", "returns"):
+            self._batch[name] = torch.zeros(samples, device=self.device)
+        # On a GPU, a control step and a gradient step are recorded once and replayed.
+        self._recorded: dict[str, Recorded] = {}
+        on_gpu = config.graph and self.device.type == "cuda"
+        self._record_steps = on_gpu and getattr(env, "graph_safe", False)
+        self._record_gradients = on_gpu and not self._next_step_reset
+        # Sums for the log, kept where they arise; see _read_log.
+        self._metric_names = tuple(getattr(env, "metric_names", ()))
+        self._step_sums = torch.zeros(len(self._metric_names) + 4, device=self.device)
+        self._update_sums = torch.zeros(2, device=self.device)
+        self._since_log = {"steps": 0, "updates": 0, "gradients": 0}
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, deterministic: bool = True) -> torch.Tensor:
@@ -190,65 +242,81 @@ class PPOAgent:
         obs, info = self.env.reset(seed=self.seed)
         n = self.env.num_envs
         return {
-            "obs": self._tensor(obs),
-            "critic_obs": self._tensor(info.get("critic_obs", obs)),
+            "obs": self._tensor(obs).clone(),
+            "critic_obs": self._tensor(info.get("critic_obs", obs)).clone(),
             "resetting": torch.zeros(n, dtype=torch.bool, device=self.device),
             "return": torch.zeros(n, device=self.device),
             "length": torch.zeros(n, device=self.device),
         }
 
     @torch.no_grad()
-    def collect_rollouts(self) -> tuple[Rollout, dict[str, float]]:
-        """Run the policy for ``horizon`` steps; also what happened, for the log."""
-        now = self._now = self._now or self._start()
-        steps: list[dict[str, torch.Tensor]] = []
-        metrics, ends = [], []
+    def collect_rollouts(self) -> Rollout:
+        """Run the policy for ``horizon`` steps."""
+        step = self._step
+        if self._now is None:
+            self._now = self._start()
+            self._recorded.pop("step", None)
+        if self._record_steps:
+            if "step" not in self._recorded:
+                self._recorded["step"] = Recorded(
+                    self._step,
+                    self.device,
+                    [self._generator, *getattr(self.env, "generators", ())],
+                    self.env,
+                    [*self._now.values(), self._slot, self._step_sums],
+                )
+            step = self._recorded["step"].replay
         for _ in range(self.config.horizon):
-            start = time.perf_counter()
-            mean, log_std = self.actor(now["obs"]), self.actor.log_std
-            actions = mean + log_std.exp() * self._noise(mean.shape)
-            log_probs = log_prob(actions, mean, log_std)
-            middle = time.perf_counter()
-            obs, reward, terminated, truncated, info = self._env_step(self.actor.bound(actions))
-            self._seconds["policy"] += middle - start
-            self._seconds["env"] += time.perf_counter() - middle
+            step()
+        self.total_steps += self.samples
+        self._since_log["steps"] += self.config.horizon
+        return self._rollout
 
-            rewards, terminated = self._tensor(reward), self._tensor(terminated, torch.bool)
-            done = terminated | self._tensor(truncated, torch.bool)
-            critic_obs = self._tensor(info.get("critic_obs", obs))
-            steps.append(
-                {
-                    "obs": now["obs"],
-                    "critic_obs": now["critic_obs"],
-                    "next_critic_obs": self._final_obs(info, critic_obs),
-                    "actions": actions,
-                    "log_probs": log_probs,
-                    "rewards": rewards,
-                    "terminated": terminated,
-                    "done": done,
-                    "valid": ~now["resetting"],
-                }
-            )
-            now["return"] += rewards
-            now["length"] += ~now["resetting"]
-            ends.append(torch.stack((done.float(), now["return"] * done, now["length"] * done)).sum(1))
-            now["return"].masked_fill_(done, 0.0)
-            now["length"].masked_fill_(done, 0.0)
-            if self._next_step_reset:
-                now["resetting"] = done
-            now["obs"], now["critic_obs"] = self._tensor(obs), critic_obs
-            if "metrics" in info:
-                metrics.append(info["metrics"])
-        rollout = Rollout(**{key: torch.stack([s[key] for s in steps]) for key in steps[0]})
-        self.total_steps += rollout.rewards.numel()
-        log = {"reward/mean": float(rollout.rewards.mean())}
-        if metrics:
-            means = torch.stack(metrics).mean((0, 2)).tolist()
-            log |= dict(zip(getattr(self.env, "metric_names"), means, strict=True))  # noqa: B009
-        count, total, length = torch.stack(ends).sum(0).tolist()
-        if count:
-            self._episodes = {"episode/return": total / count, "episode/length": length / count}
-        return rollout, log | self._episodes
+    def _step(self) -> None:
+        """One control step of every world, into the next slot of the rollout."""
+        now = self._now
+        assert now
+        start = time.perf_counter()
+        mean, log_std = self.actor(now["obs"]), self.actor.log_std
+        actions = mean + log_std.exp() * self._noise(mean.shape)
+        log_probs = log_prob(actions, mean, log_std)
+        middle = time.perf_counter()
+        obs, reward, terminated, truncated, info = self._env_step(self.actor.bound(actions))
+        self._seconds["policy"] += middle - start
+        self._seconds["env"] += time.perf_counter() - middle
+
+        rewards, terminated = self._tensor(reward), self._tensor(terminated, torch.bool)
+        done = terminated | self._tensor(truncated, torch.bool)
+        critic_obs = self._tensor(info.get("critic_obs", obs))
+        step = Rollout(
+            obs=now["obs"],
+            critic_obs=now["critic_obs"],
+            next_critic_obs=self._final_obs(info, critic_obs),
+            actions=actions,
+            log_probs=log_probs,
+            rewards=rewards,
+            terminated=terminated,
+            done=done,
+            valid=~now["resetting"],
+        )
+        for name, values in vars(step).items():
+            getattr(self._rollout, name).index_copy_(0, self._slot, values.unsqueeze(0))
+        self._slot.add_(1).remainder_(self.config.horizon)
+
+        now["return"] += rewards
+        now["length"] += ~now["resetting"]
+        ends = torch.stack((done.float(), now["return"] * done, now["length"] * done)).sum(1)
+        parts = [rewards.mean().unsqueeze(0), ends]
+        if "metrics" in info:
+            parts.append(info["metrics"].mean(1))
+        sums = torch.cat(parts)
+        self._step_sums[: len(sums)] += sums
+        now["return"].masked_fill_(done, 0.0)
+        now["length"].masked_fill_(done, 0.0)
+        if self._next_step_reset:
+            now["resetting"].copy_(done)
+        now["obs"].copy_(self._tensor(obs))
+        now["critic_obs"].copy_(critic_obs)
 
     def _final_obs(self, info: dict[str, Any], critic_obs: torch.Tensor) -> torch.Tensor:
         """What followed the step within its own episode: not the next episode's first observation."""
@@ -263,58 +331,73 @@ class PPOAgent:
             merged[row] = self._tensor(final[row])
         return merged
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        """One PPO update; returns the learning diagnostics, means over all gradient steps."""
+    def update(self, rollout: Rollout) -> None:
+        """One PPO update."""
         config = self.config
         with torch.no_grad():
             values = self.critic(rollout.critic_obs)
             next_values = self.critic(rollout.next_critic_obs)
-        advantages = compute_gae(
-            rollout.rewards,
-            values,
-            next_values,
-            rollout.terminated,
-            rollout.done,
-            config.gamma,
-            config.gae_lambda,
-        )
-        batch = {
-            "obs": rollout.obs,
-            "critic_obs": rollout.critic_obs,
-            "actions": rollout.actions,
-            "log_probs": rollout.log_probs,
-            "advantages": advantages,
-            "values": values,
-            "returns": advantages + values,
-        }
-        batch = {key: x.flatten(0, 1) for key, x in batch.items()}
-        if self._next_step_reset:
-            batch = {key: x[rollout.valid.flatten()] for key, x in batch.items()}
-        minibatches = [
-            rows
-            for _ in range(config.epochs)
-            for rows in self._shuffle(len(batch["obs"])).chunk(config.minibatches)
-        ]
-        # Half the threads for each network: layers this small gain little from more than one.
-        with torch_threads(max(1, torch.get_num_threads() // 2)):
-            critic = self._second_thread.submit(self._update_critic, batch, minibatches)
-            log = self._update_actor(batch, minibatches)
-            log |= critic.result()
-        log["learning/skipped_updates"] = self._actor_learner.skipped + self._critic_learner.skipped
-        for learner in (self._actor_learner, self._critic_learner):
+            advantages = compute_gae(
+                rollout.rewards,
+                values,
+                next_values,
+                rollout.terminated,
+                rollout.done,
+                config.gamma,
+                config.gae_lambda,
+            )
+            batch = self._batch
+            made = {"advantages": advantages, "values": values, "returns": advantages + values}
+            for name, x in made.items():
+                batch[name].copy_(x.flatten())
+            if self._next_step_reset:
+                batch = {name: x[rollout.valid.flatten()] for name, x in batch.items()}
+        learners = (self._actor_learner, self._critic_learner)
+        kl = -self._actor_learner.sums[ACTOR_LOG.index("approx_kl")].clone()
+        orders = [self._shuffle(len(batch["obs"])) for _ in range(config.epochs)]
+        if self._record_gradients:
+            self._order.copy_(torch.stack(orders).view_as(self._order))
+            self._turn.zero_()
+            if "gradient" not in self._recorded:
+                changed = [self._turn, *(t for learner in learners for t in learner.tensors())]
+                self._recorded["gradient"] = Recorded(self._both_gradients, self.device, tensors=changed)
+            for _ in range(len(self._order)):
+                self._recorded["gradient"].replay()
+        else:
+            minibatches = [rows for order in orders for rows in order.chunk(config.minibatches)]
+            # Half the threads for each network: layers this small gain little from more than one.
+            with torch_threads(max(1, torch.get_num_threads() // 2)):
+                critic = self._second_thread.submit(self._critic_gradients, batch, minibatches)
+                self._actor_gradients(batch, minibatches)
+                critic.result()
+        gradients = config.epochs * config.minibatches
+        kl += self._actor_learner.sums[ACTOR_LOG.index("approx_kl")]
+        for learner in learners:
             learner.symmetrize()
-        residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
-        log["learning/explained_variance"] = 1.0 - float(residual)
+            learner.adapt_rate(kl / gradients)
+        with torch.no_grad():
+            residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
+            self._update_sums += torch.stack((1.0 - residual, self.actor.log_std.exp().mean()))
+        self._since_log["updates"] += 1
+        self._since_log["gradients"] += gradients
         if config.normalize_observations:
             # After the update: the ratio needs the normalizer that the actions were drawn with.
             self._update_normalizers(rollout)
-        return log
 
-    def _update_actor(
-        self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]
-    ) -> dict[str, float]:
+    def _both_gradients(self) -> None:
+        """A gradient step of both networks on the minibatch whose turn it is, side by side."""
+        rows = self._order.index_select(0, self._turn)[0]
+        here, beside = torch.cuda.current_stream(), self._second_stream
+        assert beside
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            self._critic_gradients(self._batch, [rows])
+        self._actor_gradients(self._batch, [rows])
+        here.wait_stream(beside)
+        self._turn += 1
+
+    def _actor_gradients(self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]) -> None:
         config, learner = self.config, self._actor_learner
-        logs = []
         for rows in minibatches:
             advantages = batch["advantages"][rows]
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -331,17 +414,10 @@ class PPOAgent:
                 # Schulman's low-variance estimator of KL(old, new): joschu.net/blog/kl-approx.html
                 approx_kl = (ratio - 1.0 - log_ratio).mean()
                 clip_fraction = ((ratio - 1.0).abs() > config.clip).float().mean()
-                logs.append(torch.stack((policy_loss, spread, approx_kl, clip_fraction, norm)))
-        names = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "actor_gradient_norm")
-        log = dict(zip(names, torch.stack(logs).mean(0).tolist(), strict=True))
-        log["std"] = float(self.actor.log_std.detach().exp().mean())
-        return {f"learning/{name}": value for name, value in log.items()}
+                learner.sums += torch.stack((policy_loss, spread, approx_kl, clip_fraction, norm))
 
-    def _update_critic(
-        self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]
-    ) -> dict[str, float]:
+    def _critic_gradients(self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]) -> None:
         config, learner = self.config, self._critic_learner
-        logs = []
         for rows in minibatches:
             returns, old = batch["returns"][rows], batch["values"][rows]
             values = self.critic(batch["critic_obs"][rows])
@@ -350,10 +426,34 @@ class PPOAgent:
                 clipped = old + (values - old).clamp(-config.clip, config.clip)
                 loss = torch.max(loss, (clipped - returns).square())
             loss = loss.mean()
-            logs.append(torch.stack((loss.detach(), learner.descend(loss))))
-        names = ("value_loss", "critic_gradient_norm")
-        log = dict(zip(names, torch.stack(logs).mean(0).tolist(), strict=True))
-        return {f"learning/{name}": value for name, value in log.items()}
+            norm = learner.descend(loss)
+            with torch.no_grad():
+                learner.sums += torch.stack((loss, norm))
+
+    def _read_log(self) -> dict[str, float]:
+        """Means since the last call: the one place where training waits for the device."""
+        actor, critic, since = self._actor_learner, self._critic_learner, self._since_log
+        sums = (self._step_sums, actor.sums, critic.sums, self._update_sums)
+        now = torch.stack((actor.skipped + critic.skipped, actor.rate))
+        values = iter(torch.cat((*sums, now)).tolist())
+        for part in sums:
+            part.zero_()
+
+        def take(names: Sequence[str], count: int) -> dict[str, float]:
+            return {name: value / max(1, count) for name, value in zip(names, values)}  # noqa: B905
+
+        log = take(("reward/mean",), since["steps"])
+        episodes, total, length = (next(values) for _ in range(3))
+        log |= take(self._metric_names, since["steps"])
+        learning = take(ACTOR_LOG, since["gradients"]) | take(CRITIC_LOG, since["gradients"])
+        learning |= take(("explained_variance", "std"), since["updates"])
+        learning |= take(("skipped_updates", "learning_rate"), 1)
+        if since["updates"]:
+            log |= {f"learning/{name}": value for name, value in learning.items()}
+        if episodes:
+            self._episodes = {"episode/return": total / episodes, "episode/length": length / episodes}
+        self._since_log = dict.fromkeys(since, 0)
+        return log | self._episodes
 
     def _shuffle(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._generator, device=self.device)
@@ -370,32 +470,58 @@ class PPOAgent:
             network.normalizer.update(obs)
 
     def train(
-        self, iterations: int, callback: Callable[[dict[str, float]], bool | None] | None = None
+        self,
+        iterations: int,
+        callback: Callable[[dict[str, float]], bool | None] | None = None,
+        log_interval: int = 1,
     ) -> None:
-        """Alternate rollouts and updates. ``callback(log)`` after each; True stops the training."""
-        for _ in range(iterations):
-            start = time.perf_counter()
-            self._seconds = {"env": 0.0, "policy": 0.0}
-            simulation = getattr(self.env, "simulation", None)
-            physics = -simulation.seconds if simulation else 0.0
+        """Alternate rollouts and updates.
+
+        Args:
+          iterations: how many of each.
+          callback: called with the log, means over ``log_interval`` iterations; True stops the training.
+          log_interval: iterations between logs. On a GPU nothing waits in between.
+        """
+        simulation = getattr(self.env, "simulation", None)
+        start = time.perf_counter()
+        for done in range(1, iterations + 1):
+            marks = [self._mark()]
             with torch_threads(1):
-                rollout, log = self.collect_rollouts()
-            middle = time.perf_counter()
-            if self.iteration == 0 and self.config.normalize_observations:
-                self._update_normalizers(rollout)  # the first samples only set the scale
-            else:
-                log |= self.update(rollout)
+                rollout = self.collect_rollouts()
+            marks.append(self._mark())
+            with _tensor_cores(self.device):
+                if self.iteration == 0 and self.config.normalize_observations:
+                    self._update_normalizers(rollout)  # the first samples only set the scale
+                else:
+                    self.update(rollout)
+            marks.append(self._mark())
             self.iteration += 1
-            end = time.perf_counter()
-            log["time/iteration"] = end - start
-            if simulation:
-                log["time/physics"] = physics + simulation.seconds
-            log["time/env"] = self._seconds["env"]
-            log["time/policy"] = self._seconds["policy"]
-            log["time/learning"] = end - middle
-            log["time/steps_per_second"] = rollout.rewards.numel() / (end - start)
+            since = self._since_log["steps"] // self.config.horizon
+            if done % log_interval and done < iterations:
+                continue
+            log = self._read_log()
+            now = time.perf_counter()
+            log["time/iteration"] = (now - start) / since
+            log["time/steps_per_second"] = since * self.samples / (now - start)
+            log["time/rollout"], log["time/learning"] = map(_seconds_between, marks[:2], marks[1:])
+            if self.device.type == "cpu":
+                log["time/policy"] = self._seconds["policy"] / since
+                log["time/env"] = self._seconds["env"] / since
+                if simulation:
+                    log["time/physics"] = simulation.seconds / since
+                    simulation.seconds = 0.0
+            self._seconds = {"env": 0.0, "policy": 0.0}
             if callback and callback(log):
                 break
+            start = time.perf_counter()
+
+    def _mark(self) -> float | torch.cuda.Event:
+        """A point in the device's time."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @torch.no_grad()
     def evaluate(self, episodes: int = 10) -> dict[str, float]:
@@ -444,7 +570,8 @@ class PPOAgent:
             "critic": self.critic.state_dict(),
             "actor_optimizer": self._actor_learner.optimizer.state_dict(),
             "critic_optimizer": self._critic_learner.optimizer.state_dict(),
-            "skipped": (self._actor_learner.skipped, self._critic_learner.skipped),
+            "actor_skipped": self._actor_learner.skipped,
+            "critic_skipped": self._critic_learner.skipped,
             "generator": self._generator.get_state(),
             "iteration": self.iteration,
             "total_steps": self.total_steps,
@@ -486,11 +613,12 @@ class PPOAgent:
         if "env" in resume and hasattr(self.env, "load_state_dict"):
             self.env.load_state_dict(resume["env"])  # or refuses, with nothing changed yet
             self._now = resume["now"]
+        self._recorded = {}  # of tensors that are replaced
         self.actor.load_state_dict(content["actor"])
         self.critic.load_state_dict(resume["critic"])
-        self._actor_learner.optimizer.load_state_dict(resume["actor_optimizer"])
-        self._critic_learner.optimizer.load_state_dict(resume["critic_optimizer"])
-        self._actor_learner.skipped, self._critic_learner.skipped = resume["skipped"]
+        for name, learner in (("actor", self._actor_learner), ("critic", self._critic_learner)):
+            learner.load(resume[f"{name}_optimizer"], resume[f"{name}_skipped"])
+        self._slot.zero_()
         self._generator.set_state(resume["generator"].cpu())
         self.seed = resume["seed"]
         self.iteration, self.total_steps = resume["iteration"], resume["total_steps"]
@@ -498,33 +626,63 @@ class PPOAgent:
 
 
 class _Learner:
-    """Adam on one network, with clipped, and where asked mirror-symmetric, gradients."""
+    """Adam on one network, with clipped, and where asked mirror-symmetric, gradients.
 
-    def __init__(self, network: nn.Module, config: PPOConfig, mirror: Mirror | None) -> None:
-        self.max_norm = config.max_grad_norm
-        self.skipped = 0
+    Parameters and gradients are two vectors: clipping, projection, the check and Adam are one operation each.
+
+    Attributes:
+      rate: the learning rate, a tensor that a recorded step reads.
+      skipped: how many steps were left out because the gradient was not finite.
+      sums: of what the log shows of each step.
+    """
+
+    def __init__(self, network: nn.Module, config: PPOConfig, mirror: Mirror | None, log_size: int) -> None:
+        self.config = config
         parameters = list(network.parameters())
         device = parameters[0].device
         self.mirror = (mirror[0].to(device), mirror[1].to(device)) if mirror else None
-        self.parameters = parameters
+        sizes = [p.numel() for p in parameters]
+        self.vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+        self.vector.grad = self.gradient = torch.zeros_like(self.vector)
+        for p, value, slope in zip(
+            parameters, self.vector.detach().split(sizes), self.gradient.split(sizes), strict=True
+        ):
+            p.data, p.grad = value.view_as(p), slope.view_as(p)
         self.symmetrize()
         if self.mirror:
             with torch.no_grad():
                 for p in parameters:
                     # Of independent weights the projection keeps half the variance.
                     p.mul_(math.sqrt(2.0) if p.dim() == 2 else 1.0)
-        # All gradients in one vector: clipping, projection and the check are one operation each.
-        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
-        for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
-        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, eps=1e-5, fused=True)
+        self.rate = torch.tensor(config.learning_rate, device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.sums = torch.zeros(log_size, device=device)
+        self.optimizer = torch.optim.Adam(
+            [self.vector], lr=self.rate, eps=1e-5, fused=True, capturable=device.type == "cuda"
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that :meth:`descend` and the log change."""
+        if not self.optimizer.state:  # Adam makes its own at the first step
+            self.optimizer.state[self.vector] = {
+                "step": torch.zeros((), device=self.vector.device),
+                "exp_avg": torch.zeros_like(self.vector),
+                "exp_avg_sq": torch.zeros_like(self.vector),
+            }
+        return [self.vector, self.skipped, self.sums, *self.optimizer.state[self.vector].values()]
+
+    def load(self, optimizer: dict[str, Any], skipped: torch.Tensor) -> None:
+        self.optimizer.load_state_dict(optimizer)
+        group = self.optimizer.param_groups[0]
+        self.rate.copy_(group["lr"])
+        group["lr"] = self.rate
+        self.skipped.copy_(skipped)
 
     @torch.no_grad()
     def symmetrize(self) -> None:
         """Make the parameters exactly equal to their reflection: rounding does not treat all alike."""
         if self.mirror:
-            flat = project(nn.utils.parameters_to_vector(self.parameters), self.mirror)
-            nn.utils.vector_to_parameters(flat, self.parameters)
+            self.vector.copy_(project(self.vector, self.mirror))
 
     def descend(self, loss: torch.Tensor) -> torch.Tensor:
         """One step down; the gradient's norm before clipping. A non-finite gradient is skipped."""
@@ -533,12 +691,40 @@ class _Learner:
         if self.mirror:
             self.gradient.copy_(project(self.gradient, self.mirror))
         norm = self.gradient.norm()
-        if torch.isfinite(norm):
-            self.gradient *= (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            self.optimizer.step()
-        else:
-            self.skipped += 1
+        self.gradient *= (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        # Adam's own switch for mixed precision: where it is 1, the step is left out, on the device.
+        bad = (~torch.isfinite(norm)).float()
+        setattr(self.optimizer, "found_inf", bad)  # noqa: B010 (torch does not declare it)
+        self.skipped += bad
+        self.optimizer.step()
         return norm
+
+    def adapt_rate(self, kl: torch.Tensor) -> None:
+        """A smaller rate after a step of more than twice the target, a larger one below half of it."""
+        target = self.config.target_kl
+        if target:
+            factor = torch.where(kl > 2.0 * target, 1.0 / RATE_FACTOR, 1.0)
+            factor = torch.where(kl < 0.5 * target, RATE_FACTOR, factor)
+            self.rate.mul_(factor).clamp_(*RATE_RANGE)
+
+
+@contextlib.contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Matrix products in TF32 on a GPU: ten bits of mantissa, a multiple of the speed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1000.0
+    assert isinstance(end, float)
+    return end - start
 
 
 def _box_size(what: str, space: gymnasium.Space) -> int:

@@ -19,12 +19,13 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kouros.devices import pick_device
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
-from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig
+from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
 from kouros.learning.networks import ActorNetwork
 from kouros.learning.ppo import PPOAgent
 
@@ -38,8 +39,12 @@ COLUMNS = (
     ("yaw error (rad/s)", "task/yaw_rate_error", "{:.2f}"),
     ("harness", "task/harness", "{:.2f}"),
     ("steps/s", "time/steps_per_second", "{:,.0f}"),
-    ("physics / env / policy / learning (s)", "time", "{}"),
+    ("rollout / learning (s)", "time", "{}"),
 )
+
+
+# Seconds between pictures of the learning curve while a run is under way: drawing takes one.
+PLOT_INTERVAL = 30.0
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -57,27 +62,38 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
       OSError: the disk is full; what was saved before is whole.
     """
     console = console or Console()
+    device = pick_device(config.device)
     if config.resume:
-        config = resumed(config)
-    folder, steps = config.run, config.steps or DEFAULT_STEPS
-    assert folder
+        config = resumed(config, device)
+    steps = config.steps or DEFAULT_STEPS[device.partition(":")[0]]
+    folder = config.run or config.resume or Path("runs", f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     path = folder / "checkpoint.pt"
     if not config.resume and path.exists():
         raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
     require_room(folder)
-    env = HumanoidBaseEnv(config.env, config.device)
+    if device.startswith("cuda"):
+        console.print(
+            "on a GPU: its kernels are compiled at their first use on a machine, in about two minutes"
+        )
+    env = HumanoidBaseEnv(config.env, device)
     agent = PPOAgent(env, config.ppo, config.seed)
     if config.resume:
         check_contract(checkpoint.load(path).get("contract"), env, f"checkpoint {path}")
         agent.load_checkpoint(path)
     extra = {"env": dataclasses.asdict(config.env), "contract": policy_contract(env)}
-    write_json(folder / "config.json", {**dataclasses.asdict(config), "steps": steps})
+    write_json(folder / "config.json", {**dataclasses.asdict(config), "run": folder, "steps": steps})
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
+    saved = -1
+
     def save() -> None:
+        nonlocal saved
+        saved = agent.iteration
         agent.save_checkpoint(path, **extra)
-        checkpoint.save(folder / "policy.pt", {**extra, **agent.policy_state()})
-        logger.plot()
+        policy = {**extra, **agent.policy_state()}
+        checkpoint.save(folder / "policy.pt", policy)
+        if config.keep:
+            checkpoint.save(folder / f"policy-{agent.iteration:06}.pt", policy)
 
     start = time.monotonic()
     display = _Display(steps, config.minutes, console)
@@ -92,8 +108,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             }
             logger.write(log)
             display.show(log)
-            if agent.iteration % config.save_interval == 0:
+            if agent.iteration - saved >= config.save_interval:
                 save()
+                logger.plot(every=PLOT_INTERVAL)
             return interrupted() or agent.total_steps >= steps or minutes >= config.minutes
 
         with _finish_iteration_on_interrupt() as interrupted:
@@ -101,14 +118,15 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             if not remaining:
                 console.print(f"{agent.total_steps:,} control steps are done; --steps N goes further")
             save()
-            agent.train(remaining, after_iteration)
+            agent.train(remaining, after_iteration, config.log_interval)
             save()
+            logger.plot()
     if interrupted():
         console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
     return folder
 
 
-def resumed(config: TrainConfig) -> TrainConfig:
+def resumed(config: TrainConfig, device: str) -> TrainConfig:
     """The configuration of the run ``config.resume``, with this call's ``steps`` (if given) and ``minutes``.
 
     Raises:
@@ -127,7 +145,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
         env=from_plain(HumanoidEnvConfig, saved["env"]),
         ppo=from_plain(PPOConfig, saved["ppo"]),
     )
-    for name, default in _flat(TrainConfig()).items():
+    for name, default in _flat(train_defaults(device)).items():
         given, theirs = _flat(config)[name], _flat(begun)[name]
         if given not in (default, theirs):
             raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
@@ -194,6 +212,7 @@ class RunLogger:
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._plotted = -math.inf
         purge = self.rows[-1]["iteration"] + 1 if self.rows else None
         self._board = SummaryWriter(str(folder), purge_step=purge)
 
@@ -211,10 +230,11 @@ class RunLogger:
         for key, value in log.items():
             self._board.add_scalar(key, value, int(log["iteration"]))
 
-    def plot(self) -> None:
-        """``learning_curve.png`` of all rows so far."""
-        if self.rows:
+    def plot(self, every: float = 0.0) -> None:
+        """``learning_curve.png`` of all rows so far, unless it was drawn less than ``every`` seconds ago."""
+        if self.rows and time.monotonic() - self._plotted >= every:
             plot_learning_curve(self.rows, self.folder / "learning_curve.png")
+            self._plotted = time.monotonic()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -308,8 +328,7 @@ class _Display:
     @staticmethod
     def _cell(key: str, form: str, log: dict[str, float]) -> str:
         if key == "time":
-            parts = ("physics", "env", "policy", "learning")
-            return " / ".join(f"{log[f'time/{part}']:.2f}" for part in parts)
+            return " / ".join(f"{log[f'time/{part}']:.3f}" for part in ("rollout", "learning"))
         return form.format(log[key]) if key in log else "-"
 
 

@@ -9,6 +9,7 @@ import mujoco
 import torch
 
 from kouros.checks import check_choice
+from kouros.devices import require_cuda
 
 Engine = Literal["auto", "c", "warp"]
 
@@ -163,7 +164,7 @@ def make_simulation(
     kind = str(device).partition(":")[0]
     check_choice("device", kind, ["cpu", "cuda"])
     if kind == "cuda":
-        require_cuda()
+        require_cuda(str(device))
     if engine == "warp" or (engine == "auto" and kind == "cuda"):
         from kouros.physics.warp import WarpSimulation
 
@@ -173,19 +174,3 @@ def make_simulation(
     from kouros.physics.cpu import CpuSimulation
 
     return CpuSimulation(model, num_worlds, num_threads)
-
-
-def require_cuda() -> None:
-    """Raise ``RuntimeError`` with the reason and the remedy unless torch can compute on a GPU."""
-    if torch.version.cuda is None:
-        raise RuntimeError(
-            f"device='cuda': torch {torch.__version__} is built for the CPU; "
-            "pip install torch --index-url https://download.pytorch.org/whl/cu128, or use --device cpu"
-        )
-    try:
-        torch.cuda.init()
-    except Exception as error:  # no driver, an old one, no device: torch says which
-        reason = str(error).splitlines()[0]
-        raise RuntimeError(
-            f"device='cuda': {reason}; update the NVIDIA driver, or use --device cpu"
-        ) from error
