@@ -80,7 +80,7 @@ def test_recorded_learning_learns_the_same() -> None:
     b.critic.load_state_dict(a.critic.state_dict())
     for ours, theirs in ((a._actor_learner, b._actor_learner), (a._critic_learner, b._critic_learner)):
         for x, y in zip(ours.tensors(), theirs.tensors(), strict=True):
-            y.copy_(x)
+            y.detach().copy_(x)
     b._generator.set_state(a._generator.get_state())
     for agent in agents:
         agent.update(agent._rollout)

@@ -34,12 +34,19 @@ class Eval:
     """Seed of initial states and commands."""
     collisions: Literal["feet", "full"] = "feet"
     """feet: as in training. full: every shape of the robot, with the ground and with itself."""
+    push: float = 0.0
+    """Speed that a push adds to the base, every 1 to 3 s in a random direction, m/s."""
+    friction: tuple[float, float] = (1.0, 1.0)
+    """Friction coefficients of the ground, one drawn per episode."""
     output: Path | None = None
     """JSON file; eval.json beside the policy if not given (in this folder for a shipped one)."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "seconds"):
             require(self, name, 0 < getattr(self, name) < math.inf, "must be greater than 0, and finite")
+        require(self, "push", 0 <= self.push < math.inf, "must not be negative")
+        low, high = self.friction
+        require(self, "friction", 0 < low <= high < math.inf, "must be (lowest, highest), greater than 0")
 
 
 @dataclasses.dataclass
@@ -126,9 +133,11 @@ def evaluate(config: Eval) -> None:
             config.seconds,
             config.seed,
             config.collisions,
+            config.push,
+            config.friction,
             lambda done, total: progress.update(task, completed=done, total=total),
         )
-    test = {"policy": config.policy, "seed": config.seed, "collisions": config.collisions}
+    test = {name: getattr(config, name) for name in ("policy", "seed", "collisions", "push", "friction")}
     write_json(output, {**test, **dataclasses.asdict(result), "failures": result.failures()})
 
     table = Table("figure", "measured", "walking means", "", title=str(config.policy))

@@ -60,8 +60,7 @@ class Recorded:
         # A pool by thread: MuJoCo Warp's loops suspend the recording, and torch would take the memory
         # of what follows from the common pool, and give it away afterwards.
         self._pool = torch.cuda.MemPool()
-        pool: Any = self._pool.id
-        recording = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
         with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
             self.result = function()
         attributes = vars(owner).items() if owner is not None else ()

@@ -30,6 +30,7 @@ FIXED = (
     "fall_height",
     "initial_joint_noise",
     "initial_velocity",
+    "push_interval",
 )
 
 
@@ -64,7 +65,7 @@ class WalkResult:
         "clearance_right": ("right sole's clearance in swing", "m", 0.03, math.inf),
         "steps_left": ("left steps, command > 0.3 m/s", "1/s", 0.8, 2.5),
         "steps_right": ("right steps, command > 0.3 m/s", "1/s", 0.8, 2.5),
-        "standing_steps": ("steps of a foot, command zero for 1 s", "1/s", 0.0, 0.2),
+        "standing_steps": ("steps of a foot, left to stand for 1 s", "1/s", 0.0, 0.2),
         "flight_fraction": ("both feet in the air", "share", 0.0, 0.1),
         "cost_of_transport": ("cost of transport", "J/(N m)", 0.0, math.inf),
         "action_rate": ("change of a joint target per step", "rad", 0.0, math.inf),
@@ -93,6 +94,8 @@ def evaluate_walk(
     seconds: float = 20.0,
     seed: int = 12345,
     collisions: Literal["feet", "full"] = "feet",
+    push_velocity: float = 0.0,
+    ground_friction: tuple[float, float] = (1.0, 1.0),
     progress: Callable[[int, int], None] | None = None,
 ) -> WalkResult:
     """Run seeded episodes side by side and measure the gait.
@@ -108,6 +111,8 @@ def evaluate_walk(
       seconds: length of an episode.
       seed: of initial states and commands.
       collisions: what touches what, see the config.
+      push_velocity: of pushes every 1 to 3 s, m/s; what follows a push within 1 s is not standing.
+      ground_friction: coefficients, one drawn per episode.
       progress: called with (steps done, steps in all).
     """
     task = HumanoidEnvConfig()
@@ -119,6 +124,9 @@ def evaluate_walk(
         harness=0.0,
         standing_fraction=STANDING_SHARE,
         collisions=collisions,
+        push_velocity=push_velocity,
+        ground_friction=ground_friction,
+        engine="auto",
         **{name: getattr(task, name) for name in FIXED},
     )
     env = HumanoidBaseEnv(config)
@@ -130,6 +138,7 @@ def evaluate_walk(
     obs, _ = env.reset(seed=seed)
     alive = torch.ones(episodes, dtype=torch.bool)
     steps_taken = _Steps(episodes, dt)
+    since_push = torch.full((episodes,), math.inf)
     total: dict[str, torch.Tensor] = {}
 
     def add(name: str, values: torch.Tensor, where: torch.Tensor) -> None:
@@ -144,7 +153,7 @@ def evaluate_walk(
     for step in range(steps):
         command = env.command.clone()
         since_command = (env.episode_length % env.resampling_steps + 1) * dt
-        before = env.action.clone()
+        before, until_push = env.action.clone(), env.until_push.clone()
         obs, _, terminated, _, _ = env.step(policy(obs))
         # The returned worlds have been reset where they fell: only the others are measured.
         alive &= ~terminated
@@ -158,7 +167,8 @@ def evaluate_walk(
 
         contact = env.foot_contact.bool()
         walking = alive & (command[:, :2].norm(dim=-1) > MOVING_SPEED)
-        stopped = (command == 0).all(-1) & (since_command > HALT_TIME)
+        since_push = torch.where(env.until_push > until_push, 0.0, since_push + dt)
+        stopped = (command == 0).all(-1) & (since_command > HALT_TIME) & (since_push > HALT_TIME)
         standing = alive & stopped
         landed, peak = steps_taken.update(contact, soles.clearance())
         add("clearance", peak, landed & walking.unsqueeze(-1))

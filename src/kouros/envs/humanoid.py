@@ -73,6 +73,7 @@ class HumanoidBaseEnv(VectorEnv):
       swing, swing_height: ``(num_envs, 2)``, whether each foot should have been in the air at the end of
         the last step, and how high (m).
       harness: ``(num_envs,)`` in [0, 1], how much each world's training harness still holds.
+      until_push: ``(num_envs,)`` time until the next push, s (with ``push_velocity``).
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
 
@@ -175,7 +176,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.episode_length = zeros(dtype=torch.int64)
         self._episode_return = zeros()
         self.harness = torch.full_like(self.phase, config.harness)
-        self._until_push = zeros()
+        self.until_push = zeros()
         self._harness_wrench = sim.field("xfrc_applied")[:, model.body(robot.base_body).id, 2:5]
 
         self.resampling_steps = max(1, round(config.resampling_interval / config.control_dt))
@@ -337,8 +338,8 @@ class HumanoidBaseEnv(VectorEnv):
         new_command = done | (self.episode_length % self.resampling_steps == 0)
         changed = new_command
         if config.push_velocity:
-            self._until_push -= config.control_dt
-            pushed = (self._until_push <= 0.0) & ~done
+            self.until_push -= config.control_dt
+            pushed = (self.until_push <= 0.0) & ~done
             changed = changed | pushed
             if sim.may_have(pushed):
                 self._push(pushed)
@@ -443,7 +444,7 @@ class HumanoidBaseEnv(VectorEnv):
         angle = (2.0 * torch.pi) * self._uniform(1)
         push = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1) * self.config.push_velocity
         self.simulation.qvel[:, :2] += push * mask.unsqueeze(-1)
-        self._until_push.copy_(torch.where(mask, self._push_intervals(), self._until_push))
+        self.until_push.copy_(torch.where(mask, self._push_intervals(), self.until_push))
 
     def _push_intervals(self) -> torch.Tensor:
         low, high = self.config.push_interval
@@ -464,7 +465,7 @@ class HumanoidBaseEnv(VectorEnv):
             draws = self._uniform(1)[:, 0] * (high - low) + low
             self._ground_friction.copy_(torch.where(mask, draws, self._ground_friction))
         if self.config.push_velocity:
-            self._until_push.copy_(torch.where(mask, self._push_intervals(), self._until_push))
+            self.until_push.copy_(torch.where(mask, self._push_intervals(), self.until_push))
 
         for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
             buffer.masked_fill_(rows, 0.0)
@@ -521,7 +522,7 @@ _STATE = (
     "episode_length",
     "_episode_return",
     "harness",
-    "_until_push",
+    "until_push",
 )
 
 

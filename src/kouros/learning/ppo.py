@@ -37,6 +37,8 @@ CRITIC_LOG = ("value_loss", "critic_gradient_norm")
 # The adaptive rate moves by this factor, between these bounds.
 RATE_FACTOR = 1.5
 RATE_RANGE = (1e-5, 1e-2)
+# Parameters that one launch of the fused optimizer takes as one tensor.
+PIECE = 8192
 
 
 @dataclasses.dataclass
@@ -160,12 +162,13 @@ class PPOAgent:
             self.critic = CriticNetwork(critic_dim, config.critic_hidden, *shared)
         self.actor.low.copy_(torch.as_tensor(space.low))
         self.actor.high.copy_(torch.as_tensor(space.high))
-        self._mirror = getattr(env, "mirror", None) if config.symmetric else None
+        mirror = getattr(env, "mirror", {}) if config.symmetric else {}
+        self._mirror = {name: (i.to(self.device), s.to(self.device)) for name, (i, s) in mirror.items()}
         actor_mirror = critic_mirror = None
         if self._mirror:
             unchanged = (torch.zeros(1, dtype=torch.int64), torch.ones(1))
-            actor_mirror = reflection(self.actor, self._mirror["obs"], self._mirror["action"])
-            critic_mirror = reflection(self.critic, self._mirror["critic_obs"], unchanged)
+            actor_mirror = reflection(self.actor, mirror["obs"], mirror["action"])
+            critic_mirror = reflection(self.critic, mirror["critic_obs"], unchanged)
         self._actor_learner = _Learner(self.actor.to(self.device), config, actor_mirror, len(ACTOR_LOG))
         self._critic_learner = _Learner(self.critic.to(self.device), config, critic_mirror, len(CRITIC_LOG))
         self._second_thread = ThreadPoolExecutor(1)
@@ -204,7 +207,7 @@ class PPOAgent:
         )
         self._turn = torch.zeros(1, dtype=torch.int64, device=self.device)
         names = ("obs", "critic_obs", "actions", "log_probs")
-        self._batch = {name: getattr(self._rollout, name).flatten(0, 1) for name in names}
+        self._batch = {name: torch.zeros_like(getattr(self._rollout, name).flatten(0, 1)) for name in names}
         for name in ("advantages", "values", "returns"):
             self._batch[name] = torch.zeros(samples, device=self.device)
         # On a GPU, a control step and a gradient step are recorded once and replayed.
@@ -334,8 +337,9 @@ class PPOAgent:
     def update(self, rollout: Rollout) -> None:
         """One PPO update."""
         config = self.config
-        with torch.no_grad():
-            values = self.critic(rollout.critic_obs)
+        with torch.no_grad(), _tensor_cores(self.device):
+            critic_obs = self.critic.normalizer(rollout.critic_obs)
+            values = self.critic.mlp(critic_obs).squeeze(-1)
             next_values = self.critic(rollout.next_critic_obs)
             advantages = compute_gae(
                 rollout.rewards,
@@ -347,11 +351,22 @@ class PPOAgent:
                 config.gae_lambda,
             )
             batch = self._batch
-            made = {"advantages": advantages, "values": values, "returns": advantages + values}
+            made = {
+                "obs": self.actor.normalizer(rollout.obs),
+                "critic_obs": critic_obs,
+                "actions": rollout.actions,
+                "log_probs": rollout.log_probs,
+                "advantages": advantages,
+                "values": values,
+                "returns": advantages + values,
+            }
             for name, x in made.items():
-                batch[name].copy_(x.flatten())
+                batch[name].copy_(x.flatten(0, 1))
             if self._next_step_reset:
                 batch = {name: x[rollout.valid.flatten()] for name, x in batch.items()}
+            advantages = batch["advantages"]
+            advantages -= advantages.mean()
+            advantages /= advantages.std() + 1e-8
         learners = (self._actor_learner, self._critic_learner)
         kl = -self._actor_learner.sums[ACTOR_LOG.index("approx_kl")].clone()
         orders = [self._shuffle(len(batch["obs"])) for _ in range(config.epochs)]
@@ -360,13 +375,14 @@ class PPOAgent:
             self._turn.zero_()
             if "gradient" not in self._recorded:
                 changed = [self._turn, *(t for learner in learners for t in learner.tensors())]
-                self._recorded["gradient"] = Recorded(self._both_gradients, self.device, tensors=changed)
+                with _tensor_cores(self.device):
+                    self._recorded["gradient"] = Recorded(self._both_gradients, self.device, tensors=changed)
             for _ in range(len(self._order)):
                 self._recorded["gradient"].replay()
         else:
             minibatches = [rows for order in orders for rows in order.chunk(config.minibatches)]
             # Half the threads for each network: layers this small gain little from more than one.
-            with torch_threads(max(1, torch.get_num_threads() // 2)):
+            with torch_threads(max(1, torch.get_num_threads() // 2)), _tensor_cores(self.device):
                 critic = self._second_thread.submit(self._critic_gradients, batch, minibatches)
                 self._actor_gradients(batch, minibatches)
                 critic.result()
@@ -399,10 +415,8 @@ class PPOAgent:
     def _actor_gradients(self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]) -> None:
         config, learner = self.config, self._actor_learner
         for rows in minibatches:
-            advantages = batch["advantages"][rows]
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-            log_std = self.actor.log_std
-            mean = self.actor(batch["obs"][rows])
+            advantages, log_std = batch["advantages"][rows], self.actor.log_std
+            mean = self.actor.mlp(batch["obs"][rows])
             log_ratio = log_prob(batch["actions"][rows], mean, log_std) - batch["log_probs"][rows]
             ratio = log_ratio.exp()
             clipped = ratio.clamp(1.0 - config.clip, 1.0 + config.clip)
@@ -420,7 +434,7 @@ class PPOAgent:
         config, learner = self.config, self._critic_learner
         for rows in minibatches:
             returns, old = batch["returns"][rows], batch["values"][rows]
-            values = self.critic(batch["critic_obs"][rows])
+            values = self.critic.mlp(batch["critic_obs"][rows]).squeeze(-1)
             loss = (values - returns).square()
             if config.value_clip:
                 clipped = old + (values - old).clamp(-config.clip, config.clip)
@@ -489,11 +503,10 @@ class PPOAgent:
             with torch_threads(1):
                 rollout = self.collect_rollouts()
             marks.append(self._mark())
-            with _tensor_cores(self.device):
-                if self.iteration == 0 and self.config.normalize_observations:
-                    self._update_normalizers(rollout)  # the first samples only set the scale
-                else:
-                    self.update(rollout)
+            if self.iteration == 0 and self.config.normalize_observations:
+                self._update_normalizers(rollout)  # the first samples only set the scale
+            else:
+                self.update(rollout)
             marks.append(self._mark())
             self.iteration += 1
             since = self._since_log["steps"] // self.config.horizon
@@ -642,12 +655,11 @@ class _Learner:
         device = parameters[0].device
         self.mirror = (mirror[0].to(device), mirror[1].to(device)) if mirror else None
         sizes = [p.numel() for p in parameters]
-        self.vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-        self.vector.grad = self.gradient = torch.zeros_like(self.vector)
-        for p, value, slope in zip(
-            parameters, self.vector.detach().split(sizes), self.gradient.split(sizes), strict=True
-        ):
-            p.data, p.grad = value.view_as(p), slope.view_as(p)
+        self.parameters = parameters
+        self.vector = nn.utils.parameters_to_vector(parameters).detach()
+        self.gradient = torch.zeros_like(self.vector)
+        for p, part in zip(parameters, self.vector.split(sizes), strict=True):
+            p.data = part.view_as(p)
         self.symmetrize()
         if self.mirror:
             with torch.no_grad():
@@ -657,19 +669,24 @@ class _Learner:
         self.rate = torch.tensor(config.learning_rate, device=device)
         self.skipped = torch.zeros((), device=device)
         self.sums = torch.zeros(log_size, device=device)
+        # In pieces: the fused kernel gives each tensor few of a GPU's processors.
+        pieces = [nn.Parameter(piece) for piece in self.vector.split(PIECE)]
+        for piece, slope in zip(pieces, self.gradient.split(PIECE), strict=True):
+            piece.grad = slope
         self.optimizer = torch.optim.Adam(
-            [self.vector], lr=self.rate, eps=1e-5, fused=True, capturable=device.type == "cuda"
+            pieces, lr=self.rate, eps=1e-5, fused=True, capturable=device.type == "cuda"
         )
 
     def tensors(self) -> list[torch.Tensor]:
         """All that :meth:`descend` and the log change."""
-        if not self.optimizer.state:  # Adam makes its own at the first step
-            self.optimizer.state[self.vector] = {
-                "step": torch.zeros((), device=self.vector.device),
-                "exp_avg": torch.zeros_like(self.vector),
-                "exp_avg_sq": torch.zeros_like(self.vector),
-            }
-        return [self.vector, self.skipped, self.sums, *self.optimizer.state[self.vector].values()]
+        found = [self.vector, self.skipped, self.sums]
+        for piece in self.optimizer.param_groups[0]["params"]:
+            state = self.optimizer.state[piece]
+            if not state:  # Adam makes its own at the first step
+                state["step"] = torch.zeros((), device=piece.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(piece), torch.zeros_like(piece)
+            found += state.values()
+        return found
 
     def load(self, optimizer: dict[str, Any], skipped: torch.Tensor) -> None:
         self.optimizer.load_state_dict(optimizer)
@@ -686,8 +703,8 @@ class _Learner:
 
     def descend(self, loss: torch.Tensor) -> torch.Tensor:
         """One step down; the gradient's norm before clipping. A non-finite gradient is skipped."""
-        self.gradient.zero_()
-        loss.backward()
+        slopes = torch.autograd.grad(loss, self.parameters)
+        torch.cat([slope.flatten() for slope in slopes], out=self.gradient)
         if self.mirror:
             self.gradient.copy_(project(self.gradient, self.mirror))
         norm = self.gradient.norm()
