@@ -4,6 +4,8 @@ BIN := .venv/bin
 RUN ?= runs/walk
 # Train until the default number of steps, or for MINUTES= if that comes first.
 MINUTES ?= inf
+# MuJoCo Warp where there is an NVIDIA driver.
+EXTRAS := $(if $(wildcard /proc/driver/nvidia),[gpu])
 
 .PHONY: train test check format clean
 
@@ -33,7 +35,7 @@ format: .venv/installed-dev
 	  echo "$(PYTHON) is too old: Kouros needs Python 3.11 or newer (make PYTHON=python3.12 ...)"; exit 1; }
 	@$(PYTHON) -m venv .venv || { \
 	  echo "no virtual environments here: sudo apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -1,14 +1,14 @@
-"""How long until it walks: the default command, stopped on the way to be tested, and resumed.
+"""How long until it walks: a run with the default command keeps its policies, and they are tested in turn.
 
     python benchmarks/time_to_walk.py --seeds 0 1 2 --output benchmarks/results/time_to_walk.json
 
-Stopping changes nothing (resuming is exact) and the minutes are those of training alone: what a run of
-``kouros train --seed N`` takes to the same point on the same machine. Runs that are there already are gone
-on with, so that the whole may be interrupted.
+The minutes are those of training, from the first rollout on; the tests come afterwards. A run that is
+there already is gone on with, or, if it is finished, only tested.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from kouros.devices import pick_device
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.files import write_json
-from kouros.learning.config import DEFAULT_STEPS, TrainConfig
+from kouros.learning.config import DEFAULT_STEPS, TrainConfig, train_defaults
 from kouros.learning.run import load_policy, read_metrics, train
 
 
@@ -28,45 +29,62 @@ class Config:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
+    device: str = "auto"
+    """Where to train; the tests are on the CPU."""
+    steps: int | None = None
+    """Control steps of a whole run, which ends with a test; the device's default if not given."""
     first: float = 1.25e6
     """Control steps before the first test."""
     every: float = 0.25e6
     """Control steps between tests, until one is passed."""
-    steps: int = DEFAULT_STEPS["cpu"]
-    """Control steps of a whole run, which ends with a test."""
+    push: float = 0.0
+    """Speed of pushes every 1 to 3 s, m/s, in training and in the test."""
+    friction: tuple[float, float] = (1.0, 1.0)
+    """Friction coefficients of the ground, in training and in the test."""
     runs: Path = Path("runs/time_to_walk")
     """Folder of the runs."""
     output: Path | None = None
     """JSON file for the figures."""
 
 
-def test(folder: Path) -> dict:
-    actor, config, _ = load_policy(folder)
-    result = evaluate_walk(actor.act, config)
-    last = read_metrics(folder / "metrics.jsonl")[-1]
-    progress = {"steps": last["steps"] * 1e6, "minutes": last["minutes"]}
-    return {**progress, **dataclasses.asdict(result), "failures": result.failures()}
-
-
-def run(seed: int, config: Config) -> list[dict]:
-    """The tests of one seed's run, the last one at its end."""
+def trained(seed: int, config: Config) -> Path:
+    """The folder of the seed's finished run."""
     folder = config.runs / f"seed{seed}"
+    device = pick_device(config.device)
+    steps = config.steps or DEFAULT_STEPS[device.partition(":")[0]]
+    rows = read_metrics(folder / "metrics.jsonl")
+    if rows and rows[-1]["steps"] * 1e6 >= steps:
+        return folder
+    if (folder / "checkpoint.pt").exists():
+        return train(TrainConfig(resume=folder, device=device))
+    run = copy.deepcopy(train_defaults(device))
+    run.env = dataclasses.replace(run.env, push_velocity=config.push, ground_friction=config.friction)
+    samples = run.env.num_envs * run.ppo.horizon
+    whole = dataclasses.replace(run, run=folder, seed=seed, steps=steps, device=device, keep=True)
+    return train(dataclasses.replace(whole, save_interval=max(1, int(config.every / samples))))
+
+
+def tested(folder: Path, config: Config) -> list[dict]:
+    """The tests of a run's policies until one is passed, and of the last."""
+    rows = {int(row["iteration"]): row for row in read_metrics(folder / "metrics.jsonl")}
+    policies = sorted(folder.glob("policy-*.pt"))
     tests: list[dict] = []
-    target = config.first
-    while not tests or tests[-1]["steps"] < config.steps:
-        steps = int(min(target, config.steps))
-        if (folder / "checkpoint.pt").exists():
-            train(TrainConfig(resume=folder, steps=steps))
-        else:
-            train(TrainConfig(run=folder, seed=seed, steps=steps))
-        tests.append(test(folder))
-        Console().print(f"seed {seed}", tests[-1])
-        target = target + config.every if tests[-1]["failures"] else config.steps
+    for path in policies:
+        row = rows.get(int(path.stem.partition("-")[2]))
+        last = path == policies[-1]
+        passed = any(not t["failures"] for t in tests)
+        if row is None or not (last or (row["steps"] * 1e6 >= config.first and not passed)):
+            continue
+        actor, env, _ = load_policy(path)
+        result = evaluate_walk(actor.act, env, push_velocity=config.push, ground_friction=config.friction)
+        progress = {"steps": row["steps"] * 1e6, "minutes": row["minutes"]}
+        tests.append({**progress, **dataclasses.asdict(result), "failures": result.failures()})
+        Console().print(str(path), tests[-1])
     return tests
 
 
 def main(config: Config) -> None:
-    results = {seed: run(seed, config) for seed in config.seeds}
+    results = {seed: tested(trained(seed, config), config) for seed in config.seeds}
     if config.output:
         write_json(config.output, results)
     measured = ["steps", "minutes", *WalkResult.BAR]

@@ -170,13 +170,14 @@ def test_a_sick_world_is_reset_counted_and_alone(bad: float) -> None:
     expected, *_ = healthy.step(action)
     assert terminated.tolist() == [False, True, False]
     assert rewards[1] == 0
+    sick = env.metric_names.index("task/sick_worlds")
     for values in (obs, rewards, info["critic_obs"], info["final_obs"], info["metrics"]):
         assert torch.isfinite(values).all()
     assert torch.equal(obs[[0, 2]], expected[[0, 2]])
-    assert info["metrics"][-1].tolist() == [0, 1, 0]
+    assert info["metrics"][sick].tolist() == [0, 1, 0]
     obs, *_, info = env.step(action)
     assert torch.isfinite(obs).all()
-    assert (info["metrics"][-1] == 0).all()
+    assert (info["metrics"][sick] == 0).all()
 
 
 def test_same_seed_same_episodes() -> None:
@@ -488,6 +489,49 @@ OTHER = {
     "target_height": 0.8,
     "pose_weights": {"knee": 1.0},
 }
+
+
+def test_a_push_adds_its_speed_and_comes_on_time() -> None:
+    env = make_env(32, push_velocity=0.7, push_interval=(0.1, 0.3), harness=0.0)
+    twin = make_env(32, harness=0.0)
+    waits: list[float] = []
+    for _ in range(30):
+        twin.simulation.load_state_dict(env.simulation.state_dict())
+        due = (env.until_push <= env.config.control_dt + 1e-6).clone()
+        action = torch.zeros(32, 29)
+        *_, terminated, truncated, _ = env.step(action)
+        twin.step(action)
+        going_on = ~(terminated | truncated)
+        change = env.simulation.qvel[:, :2] - twin.simulation.qvel[:, :2]
+        expected = torch.where(due, 0.7, 0.0).double()
+        torch.testing.assert_close(change.norm(dim=-1)[going_on], expected[going_on])
+        torch.testing.assert_close(env.base_lin_vel_w[:, :2].double(), env.simulation.qvel[:, :2])
+        waits += env.until_push[due & going_on].tolist()
+    assert len(waits) > 32 and 0.1 <= min(waits) < 0.12 and 0.28 < max(waits) <= 0.3
+
+
+def test_ground_friction_is_drawn_per_episode_and_holds_the_feet() -> None:
+    """A limp robot dragged sideways by less than mu m g stays, by more slides."""
+    env = make_env(64, ground_friction=(0.3, 1.2), harness=0.0)
+    friction = env._ground_friction
+    assert friction is not None
+    assert friction.min() >= 0.3 and friction.max() <= 1.2 and friction.std() > 0.15
+    before = friction.clone()
+    mask = torch.arange(64) < 10
+    env.reset(options={"reset_mask": mask})
+    assert torch.equal(friction[~mask], before[~mask]) and (friction[mask] != before[mask]).all()
+
+    env = make_env(2, ground_friction=(0.3, 1.2), initial_joint_noise=0.0, initial_velocity=0.0, harness=0.0)
+    assert env._ground_friction is not None
+    env._ground_friction[:] = torch.tensor([0.2, 1.2])
+    env.simulation.field("xfrc_applied")[:, 1, 1] = 0.5 * env.weight  # sideways: 0.5 lies in between
+    start = env.foot_pos_w[:, :, 1].clone()
+    for _ in range(12):
+        env.step(torch.zeros(2, 29))
+    slid = (env.foot_pos_w[:, :, 1] - start).mean(-1)
+    assert slid[0] > 3.0 * slid[1].abs()
+
+
 # One robot so far; MuJoCo C is bit-equal at any number of threads (test_physics), the engines agree
 # (test_warp), a graph is of a GPU; and the first point of a line search is good enough for a robot that
 # does not break.

@@ -175,8 +175,10 @@ def test_model_fields_are_per_world(model: mujoco.MjModel) -> None:
 def test_overflow_is_told(model: mujoco.MjModel, robot: Robot, states: dict[str, torch.Tensor]) -> None:
     sim = make_simulation(model, WORLDS, engine="warp", contacts=1)
     put(sim, states)
+    assert not sim.overflow().any()
     sim.step()
     assert sim.overflow().any()
+    assert not make_simulation(model, 2).overflow().any()  # MuJoCo C has room for all
 
 
 class NoHost(TorchDispatchMode):

@@ -87,8 +87,9 @@ class Export:
 class Bench:
     """Measure this machine: raw physics, environment and learning, in one run."""
 
-    worlds: tuple[int, ...] = (256,)
-    """Numbers of worlds to measure with, one after the other."""
+    worlds: tuple[int, ...] = ()
+    """Numbers of worlds to measure with, one after the other.
+    If not given: 256, on a GPU 2,048, 4,096 and 16,384."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto for a GPU where there is one."""
     seconds: float = 5.0
@@ -196,9 +197,10 @@ def bench(config: Bench) -> None:
     from kouros.learning.bench import report
 
     device = pick_device(config.device)
+    worlds = config.worlds or ((256,) if device == "cpu" else (2048, 4096, 16384))
     results = [
         Layers(dataclasses.replace(config.env, num_envs=n), config.ppo, device).measure(config.seconds)
-        for n in config.worlds
+        for n in worlds
     ]
     report(results)
     if config.output:

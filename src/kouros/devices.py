@@ -8,6 +8,11 @@ from pathlib import Path
 from kouros.checks import check_choice
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA driver, usable or not."""
+    return any(Path(place).exists() for place in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
+
+
 def pick_device(device: str = "auto") -> str:
     """``auto`` is a GPU where one can be used, with MuJoCo Warp installed, and else the CPU.
 
@@ -18,8 +23,7 @@ def pick_device(device: str = "auto") -> str:
     if device != "auto":
         return device
     # Cheap questions first: importing torch takes seconds.
-    here = Path("/proc/driver/nvidia").exists() or Path("/dev/dxg").exists()
-    if not here or importlib.util.find_spec("mujoco_warp") is None:
+    if not has_gpu() or importlib.util.find_spec("mujoco_warp") is None:
         return "cpu"
     import torch
 

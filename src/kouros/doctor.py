@@ -25,8 +25,21 @@ def _physics() -> str:
 def _torch() -> str:
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gpu}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    from kouros.devices import has_gpu, require_cuda
+
+    if not has_gpu():
+        return "no NVIDIA GPU here: training uses the CPU"
+    require_cuda("cuda")
+    import torch
+
+    import kouros.physics.warp as engine
+
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, {engine.VERSION}"
 
 
 def _picture() -> str:
@@ -76,6 +89,7 @@ def _disk() -> str:
 CHECKS: dict[str, Callable[[], str]] = {
     "physics": _physics,
     "learning": _torch,
+    "GPU": _gpu,
     "pictures": _picture,
     "video": _video,
     "viewer": _viewer,

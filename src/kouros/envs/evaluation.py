@@ -126,7 +126,6 @@ def evaluate_walk(
         collisions=collisions,
         push_velocity=push_velocity,
         ground_friction=ground_friction,
-        engine="auto",
         **{name: getattr(task, name) for name in FIXED},
     )
     env = HumanoidBaseEnv(config)

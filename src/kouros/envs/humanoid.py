@@ -52,7 +52,8 @@ class HumanoidBaseEnv(VectorEnv):
     by what only a simulation knows; ``height`` (m); ``forward_velocity`` (m/s, base frame);
     ``episode`` with ``r`` (sum of rewards), ``l`` (steps) and ``t`` (simulated seconds) where
     ``_episode`` is true, zero elsewhere; ``metrics`` ``(len(metric_names), num_envs)``: reward terms times
-    their weights, tracking errors (m/s, rad/s), harness, and 1 where the world was sick.
+    their weights, tracking errors (m/s, rad/s), harness, and 1 where the world was sick, and where the
+    engine ever lacked room for its contacts.
 
     **Observations** are concatenated terms of ``config.actor_observations``, see
     :mod:`kouros.envs.observations`; rewards are weighted terms of ``config.rewards``, see
@@ -215,13 +216,14 @@ class HumanoidBaseEnv(VectorEnv):
             raise ValueError(f"robot={robot.name!r}: joint_names must be in the order of the model's joints")
 
         rewards = config.rewards
-        self._metric_scale = constant([*rewards.values(), 1.0, 1.0, 1.0, 1.0]).unsqueeze(-1)
+        self._metric_scale = constant([*rewards.values(), 1.0, 1.0, 1.0, 1.0, 1.0]).unsqueeze(-1)
         self.metric_names = (
             *(f"reward/{name}" for name in rewards),
             "task/velocity_error",
             "task/yaw_rate_error",
             "task/harness",
             "task/sick_worlds",
+            "task/overflown_worlds",
         )
 
     def reset(
@@ -397,7 +399,8 @@ class HumanoidBaseEnv(VectorEnv):
         terms = [REWARDS[name](self) for name in self.config.rewards]
         error = (self.command - self.velocity).square()
         speed_error, yaw_error = error[:, :2].sum(-1).sqrt(), error[:, 2].sqrt()
-        columns = torch.stack([*terms, speed_error, yaw_error, self.harness, self.sick.float()])
+        wrong = (self.sick.float(), self.simulation.overflow().float())
+        columns = torch.stack([*terms, speed_error, yaw_error, self.harness, *wrong])
         metrics = columns * self._metric_scale
         # What a sick world did is nobody's merit or fault.
         total = metrics[: len(terms)].sum(0).masked_fill_(self.sick, 0.0)

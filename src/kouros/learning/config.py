@@ -130,8 +130,8 @@ ON_GPU: dict[str, TrainConfig] = {
     "walk": TrainConfig(
         save_interval=500,
         log_interval=10,
-        env=HumanoidEnvConfig(num_envs=1024),
-        ppo=PPOConfig(),
+        env=HumanoidEnvConfig(num_envs=2048),
+        ppo=PPOConfig(minibatches=8),
     )
 }
 

@@ -108,6 +108,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             }
             logger.write(log)
             display.show(log)
+            if log.get("task/overflown_worlds", 0.0) > display.overflown:
+                display.overflown = log["task/overflown_worlds"]
+                console.print(
+                    f"[bold red]contacts overflow[/bold red] in {100 * display.overflown:.2g} % of the "
+                    "worlds, whose physics is wrong from then on: raise CONTACTS in kouros/envs/scene.py"
+                )
             if agent.iteration - saved >= config.save_interval:
                 save()
                 logger.plot(every=PLOT_INTERVAL)
@@ -303,6 +309,7 @@ class _Display:
         self._task = self._progress.add_task("train", total=1.0)
         self._live = Live(self._progress, console=console, refresh_per_second=4)
         self._last_line = -math.inf
+        self.overflown = 0.0
 
     def __enter__(self) -> _Display:
         if self._console.is_terminal:
@@ -365,7 +372,7 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
       ValueError: damaged, or of another version, robot or contract.
     """
     content = checkpoint.load(find_policy(path))
-    env_config = from_plain(HumanoidEnvConfig, content.get("env", {}))
+    env_config = from_plain(HumanoidEnvConfig, {**content.get("env", {}), "engine": "auto"})
     env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=1))
     check_contract(content.get("contract"), env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])

@@ -23,6 +23,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the GPU engine needs MuJoCo Warp ({error}): pip install 'kouros[gpu]'") from error
 
+VERSION = f"MuJoCo Warp {mjw.__version__}"
+
 # What the future of a world depends on, as Data names it.
 STATE = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl", "qfrc_applied", "xfrc_applied")
 # What set_const writes, and so needs a value per world as soon as a mass or an armature has one.
