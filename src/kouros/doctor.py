@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
+
+from kouros import __version__
 
 
 def _physics() -> str:
@@ -113,5 +114,4 @@ def diagnose() -> bool:
 
 
 def _title() -> str:
-    version = importlib.metadata.version("kouros")
-    return f"kouros {version}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    return f"kouros {__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"

@@ -25,6 +25,9 @@ class Recorded:
       owner: an object with ``state_dict`` and ``load_state_dict`` that the function changes; its tensor
         attributes are those of the recording after each replay.
       tensors: what else it changes.
+
+    Raises:
+      RuntimeError: the function needs the host.
     """
 
     def __init__(
@@ -61,8 +64,16 @@ class Recorded:
         # of what follows from the common pool, and give it away afterwards.
         self._pool = torch.cuda.MemPool()
         recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
-        with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
-            self.result = function()
+        try:
+            with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
+                self.result = function()
+        except Exception as error:
+            raise RuntimeError(
+                f"cannot record this as a CUDA graph ({str(error).splitlines()[0]}). Something in it, perhaps a "
+                "reward or observation term of your own, asks the host for a value (.item(), .cpu(), an if "
+                "on a tensor), indexes with a list or a mask, or makes a tensor from numbers: docs/gpu.md says "
+                "what to write instead; --env.no-graph --ppo.no-graph runs it as it is"
+            ) from error
         attributes = vars(owner).items() if owner is not None else ()
         self._attributes = {name: v for name, v in attributes if isinstance(v, torch.Tensor)}
 
