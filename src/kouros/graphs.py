@@ -68,11 +68,12 @@ class Recorded:
             with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
                 self.result = function()
         except Exception as error:
+            reason = str(error).splitlines()[0]
             raise RuntimeError(
-                f"cannot record this as a CUDA graph ({str(error).splitlines()[0]}). Something in it, perhaps a "
-                "reward or observation term of your own, asks the host for a value (.item(), .cpu(), an if "
-                "on a tensor), indexes with a list or a mask, or makes a tensor from numbers: docs/gpu.md says "
-                "what to write instead; --env.no-graph --ppo.no-graph runs it as it is"
+                f"cannot record this as a CUDA graph ({reason}). Something in it, perhaps a reward or "
+                "observation term of your own, asks the host for a value (.item(), .cpu(), an if on a tensor), "
+                "indexes with a list or a mask, or makes a tensor from numbers: docs/gpu.md says what to write "
+                "instead; --env.no-graph --ppo.no-graph runs it as it is"
             ) from error
         attributes = vars(owner).items() if owner is not None else ()
         self._attributes = {name: v for name, v in attributes if isinstance(v, torch.Tensor)}
