@@ -142,6 +142,10 @@ def test_n_plus_n_equals_2n_through_a_state_dict(
     assert torch.equal(warp.qpos, expected)
     with pytest.raises(ValueError, match=r"time is \(100,\) in the file and \(2,\) here"):
         make_simulation(model, 2, engine="warp").load_state_dict(saved)
+    with pytest.raises(ValueError, match="not of MuJoCo C"):
+        make_simulation(model, WORLDS).load_state_dict(saved)
+    with pytest.raises(ValueError, match="time is nothing in the file"):
+        warp.load_state_dict(make_simulation(model, WORLDS).state_dict())
 
 
 def test_one_world_as_mjdata(states: dict[str, torch.Tensor], warp: Simulation) -> None:

@@ -71,9 +71,9 @@ class Recorded:
             reason = str(error).splitlines()[0]
             raise RuntimeError(
                 f"cannot record this as a CUDA graph ({reason}). Something in it, perhaps a reward or "
-                "observation term of your own, asks the host for a value (.item(), .cpu(), an if on a tensor), "
-                "indexes with a list or a mask, or makes a tensor from numbers: docs/gpu.md says what to write "
-                "instead; --env.no-graph --ppo.no-graph runs it as it is"
+                "observation term of your own, asks the host for a value (.item(), .cpu(), an if on a "
+                "tensor), indexes with a list or a mask, or makes a tensor from numbers: docs/gpu.md says "
+                "what to write instead; --env.no-graph --ppo.no-graph runs it as it is"
             ) from error
         attributes = vars(owner).items() if owner is not None else ()
         self._attributes = {name: v for name, v in attributes if isinstance(v, torch.Tensor)}

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kouros.devices import pick_device
+from kouros.devices import has_gpu, pick_device
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract
 from kouros.envs.humanoid import HumanoidBaseEnv
@@ -71,10 +71,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if not config.resume and path.exists():
         raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
     require_room(folder)
+    if device == "cpu" and config.device == "auto" and has_gpu():
+        console.print("there is a GPU that cannot be used, kouros doctor says why: training on the CPU")
     if device.startswith("cuda"):
-        console.print(
-            "on a GPU: its kernels are compiled at their first use on a machine, in about two minutes"
-        )
+        console.print("on a GPU: the first use on a machine compiles the physics, for two minutes or so")
     env = HumanoidBaseEnv(config.env, device)
     agent = PPOAgent(env, config.ppo, config.seed)
     if config.resume:

@@ -101,6 +101,8 @@ class CpuSimulation(Simulation):
         return {"state": self._state.clone(), "sensordata": self.sensordata.clone(), **fields}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if "state" not in state:
+            raise ValueError("simulation state: not of MuJoCo C; go on with the device that the run began on")
         expected, found = tuple(self._state.shape), tuple(state["state"].shape)
         if expected != found:
             raise ValueError(

@@ -188,7 +188,7 @@ class WarpSimulation(Simulation):
             if found != tuple(tensor.shape):
                 raise ValueError(
                     f"simulation state: {name} is {found} in the file and {tuple(tensor.shape)} here; "
-                    "use the run's own num_envs, robot, collisions and engine"
+                    "use the run's own num_envs, robot, collisions and device"
                 )
         for name, tensor in {**self._state, "sensordata": self.sensordata}.items():
             tensor.copy_(state[name])
