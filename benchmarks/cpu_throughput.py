@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
+import time
 
 import numpy as np
 import tyro
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.files import write_json
-from kouros.learning.bench import Bench, interleaved, report
+from kouros.learning.bench import Bench, report
 
 
 @dataclasses.dataclass
@@ -53,12 +54,18 @@ def main(config: Config) -> None:
     bench = Bench(HumanoidEnvConfig(num_envs=config.worlds))
     result = bench.measure(config.seconds)
     peer = envpool_steps(config.worlds, bench.horizon, os.cpu_count() or 1)
-    times = interleaved({"env": bench.env_steps, "envpool": peer}, config.seconds)
+    peer()
+    turns: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(turns) < 3 or time.perf_counter() - start < config.seconds:
+        before = time.perf_counter()
+        bench.env_steps()
+        middle = time.perf_counter()
+        peer()
+        turns.append((middle - before, time.perf_counter() - middle))
     samples = bench.horizon * config.worlds
-    result["envpool"] = samples / statistics.median(times["envpool"])
-    result["env / envpool"] = statistics.median(
-        theirs / ours for ours, theirs in zip(times["env"], times["envpool"], strict=True)
-    )
+    result["envpool"] = samples / statistics.median(theirs for _, theirs in turns)
+    result["env / envpool"] = statistics.median(theirs / ours for ours, theirs in turns)
     report([result])
     if config.output:
         write_json(config.output, result)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,32 @@ from rich.table import Table
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.scene import make_model
 from kouros.files import write_json
-from kouros.learning.bench import interleaved
 from kouros.learning.run import load_policy
 from kouros.physics.simulation import make_simulation
+
+
+def interleaved(functions: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
+    """Durations of each function, called in turn: a machine's moods fall on all of them alike.
+
+    Args:
+      functions: what to time.
+      seconds: time for all turns together, about; at least three are kept.
+
+    Returns:
+      Seconds of each call, without the first turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
+    turns = 0
+    while turns < 4 or time.perf_counter() - start < seconds:
+        for name, function in functions.items():
+            before = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - before)
+        if not turns:
+            start = time.perf_counter()
+        turns += 1
+    return {name: values[1:] for name, values in times.items()}
 
 
 @dataclasses.dataclass

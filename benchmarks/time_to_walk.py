@@ -8,7 +8,6 @@ there already is gone on with, or, if it is finished, only tested.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from kouros.devices import pick_device
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.files import write_json
-from kouros.learning.config import DEFAULT_STEPS, TrainConfig, train_defaults
+from kouros.learning.config import DEFAULT_STEPS, train_defaults
 from kouros.learning.run import load_policy, read_metrics, train
 
 
@@ -55,13 +54,13 @@ def trained(seed: int, config: Config) -> Path:
     rows = read_metrics(folder / "metrics.jsonl")
     if rows and rows[-1]["steps"] * 1e6 >= steps:
         return folder
+    run = train_defaults(device)
+    run.steps, run.device, run.keep = steps, device, True
+    run.save_interval = max(1, int(config.every / (run.env.num_envs * run.ppo.horizon)))
     if (folder / "checkpoint.pt").exists():
-        return train(TrainConfig(resume=folder, device=device))
-    run = copy.deepcopy(train_defaults(device))
-    run.env = dataclasses.replace(run.env, push_velocity=config.push, ground_friction=config.friction)
-    samples = run.env.num_envs * run.ppo.horizon
-    whole = dataclasses.replace(run, run=folder, seed=seed, steps=steps, device=device, keep=True)
-    return train(dataclasses.replace(whole, save_interval=max(1, int(config.every / samples))))
+        return train(dataclasses.replace(run, resume=folder))
+    run.env.push_velocity, run.env.ground_friction = config.push, config.friction
+    return train(dataclasses.replace(run, run=folder, seed=seed))
 
 
 def tested(folder: Path, config: Config) -> list[dict]:

@@ -35,7 +35,7 @@ TINY = [
 def tiny(run: Path, steps: int, **changes: object) -> TrainConfig:
     env = HumanoidEnvConfig(num_envs=8)
     ppo = PPOConfig(horizon=8, minibatches=2, actor_hidden=(16,), critic_hidden=(16,))
-    return TrainConfig(**{"run": run, "steps": steps, "env": env, "ppo": ppo, **changes})  # type: ignore[arg-type]
+    return TrainConfig(**{"run": run, "steps": steps, "device": "cpu", "env": env, "ppo": ppo, **changes})  # type: ignore[arg-type]
 
 
 def kouros(*args: str, **options) -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,7 @@ class TestRun:
         """A run of 6 iterations equals 3 and a resume; its log has every iteration once."""
         whole = train(tiny(tmp_path / "whole", 6 * 64))
         parts = train(tiny(tmp_path / "parts", 3 * 64))
-        train(TrainConfig(resume=parts, steps=6 * 64))
+        train(TrainConfig(resume=parts, device="cpu", steps=6 * 64))
         a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (whole, parts))
         for key, value in a["actor"].items():
             assert torch.equal(value, b["actor"][key])
@@ -105,7 +105,7 @@ class TestRun:
         folder = train(tiny(tmp_path / "run", 2 * 64))
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"iteration": 3, "steps": 0, "minutes": 0}\n{"iteration": 4, "st')
-        train(TrainConfig(resume=folder, steps=3 * 64))
+        train(TrainConfig(resume=folder, device="cpu", steps=3 * 64))
         rows = read_metrics(folder / "metrics.jsonl")
         assert [row["iteration"] for row in rows] == [1, 2, 3]
         assert rows[-1]["steps"] > 0
@@ -136,14 +136,14 @@ class TestRun:
         env = dataclasses.replace(HumanoidEnvConfig(), num_envs=9)
         for changes, name in (({"seed": 3}, "seed=3"), ({"env": env}, r"env\.num_envs=9.*began with 8")):
             with pytest.raises(ValueError, match=name):
-                train(TrainConfig(resume=folder, **changes))  # type: ignore[arg-type]
-        train(TrainConfig(resume=folder))
+                train(TrainConfig(resume=folder, device="cpu", **changes))  # type: ignore[arg-type]
+        train(TrainConfig(resume=folder, device="cpu"))
         assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] == 4
         content = checkpoint.load(folder / "checkpoint.pt")
         content["contract"]["gait_period"] = 1.0
         checkpoint.save(folder / "checkpoint.pt", content)
         with pytest.raises(ValueError, match=r"gait_period=1\.0 there, 0\.7 here"):
-            train(TrainConfig(resume=folder))
+            train(TrainConfig(resume=folder, device="cpu"))
 
     def test_a_run_without_a_checkpoint_yet_may_begin_again(self, tmp_path: Path) -> None:
         folder = train(tiny(tmp_path / "run", 64))

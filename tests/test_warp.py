@@ -188,7 +188,15 @@ def test_overflow_is_told(model: mujoco.MjModel, robot: Robot, states: dict[str,
 class NoHost(TorchDispatchMode):
     """Refuses what a CUDA graph cannot hold: a value read by the host, a shape that depends on data."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+        "equal.default",
+        "lift_fresh",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
@@ -222,7 +230,16 @@ def test_the_step_never_asks_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
             env._step(actions)
 
 
-@pytest.mark.parametrize("forbidden", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0]])
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x[[0, 2]],
+        lambda x: x * torch.tensor([1.0, 2.0, 3.0]),
+    ],
+)
 def test_the_guard_notices(forbidden) -> None:
     with pytest.raises(AssertionError, match=r"must be recordable|a shape of data"), NoHost():
         forbidden(torch.ones(3))

@@ -31,7 +31,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 def require_cuda(device: str) -> None:
-    """Raise ``RuntimeError`` with the reason and the remedy unless torch can compute on that GPU."""
+    """Make that GPU torch's current one, or raise ``RuntimeError`` with the reason and the remedy."""
     import torch
 
     if torch.version.cuda is None:
@@ -41,6 +41,7 @@ def require_cuda(device: str) -> None:
             "or use --device cpu"
         )
     try:
+        torch.cuda.set_device(torch.device(device).index or 0)
         torch.zeros(1, device=device)
     except Exception as error:  # no driver, an old one, no such device: torch says which
         reason = str(error).splitlines()[0]

@@ -43,7 +43,7 @@ class Recorded:
         random = [generator.get_state() for generator in generators]
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _warming_up():
             function()
             function()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -107,6 +107,19 @@ def _warp_recording(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
+_warm_ups = 0
+
+
+@contextlib.contextmanager
+def _warming_up() -> Iterator[None]:
+    global _warm_ups
+    _warm_ups += 1
+    try:
+        yield
+    finally:
+        _warm_ups -= 1
+
+
 def is_recording() -> bool:
-    """Whether the current stream is being recorded."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether the current stream is being recorded, or what will be is tried out."""
+    return _warm_ups > 0 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

@@ -95,7 +95,8 @@ def record_policy(
     Raises:
       RuntimeError: nearly every step ends an episode.
     """
-    env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0))
+    calm: dict[str, Any] = {"push_velocity": 0.0, "ground_friction": (1.0, 1.0)}
+    env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0, **calm))
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []
     while sum(len(row["state"]) for row in rows) < steps:

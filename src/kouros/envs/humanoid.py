@@ -265,7 +265,8 @@ class HumanoidBaseEnv(VectorEnv):
 
         Raises:
           TypeError: ``actions`` is not a float32 tensor.
-          ValueError: its shape or device is wrong, or a value is not finite.
+          ValueError: its shape or device is wrong, or, on the CPU, a value is not finite (on a GPU such
+            a world turns sick, and is reset and counted).
         """
         shape = (self.num_envs, self.robot.num_joints)
         if not isinstance(actions, torch.Tensor) or actions.dtype != torch.float32:

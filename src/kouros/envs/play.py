@@ -122,6 +122,8 @@ class _Single:
             num_envs=1,
             num_threads=1,
             harness=0.0,
+            push_velocity=0.0,
+            ground_friction=(1.0, 1.0),
             max_episode_length=10**9,
             resampling_interval=1e6,
         )

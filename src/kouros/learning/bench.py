@@ -4,44 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from kouros.devices import require_cuda
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.scene import CONTACTS
 from kouros.graphs import Recorded
 from kouros.learning.config import PPOConfig
-from kouros.learning.ppo import PPOAgent
+from kouros.learning.ppo import PPOAgent, mark, seconds_between
 from kouros.physics.simulation import make_simulation
-
-
-def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Durations of each function, called in turn: a machine's moods fall on all of them alike.
-
-    Args:
-      functions: what to time.
-      seconds: time for all turns together, about; at least three are kept.
-
-    Returns:
-      Seconds of each call, without the first turn.
-    """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = time.perf_counter()
-    turns = 0
-    while turns < 4 or time.perf_counter() - start < seconds:
-        for name, function in functions.items():
-            _synchronize()
-            before = time.perf_counter()
-            function()
-            _synchronize()
-            times[name].append(time.perf_counter() - before)
-        if not turns:
-            start = time.perf_counter()  # the first turn compiles and records
-        turns += 1
-    return {name: values[1:] for name, values in times.items()}
 
 
 def _synchronize() -> None:
@@ -52,33 +29,72 @@ def _synchronize() -> None:
 class Bench:
     """An environment, raw physics on the same model, and a learner.
 
-    Raw physics is the engine's step alone, driven by the controls that the environment gave its own
-    worlds and from the same states: the robots of both fall and stand alike. On a GPU it is a CUDA
-    graph too.
+    Raw physics is the engine's step alone, from the very states that the environment's worlds were in
+    before each of its steps and under the same controls: the same work. On a GPU it is a CUDA graph too.
     """
 
     def __init__(self, config: HumanoidEnvConfig, ppo: PPOConfig | None = None, device: str = "cpu") -> None:
-        start = time.perf_counter()
+        if device != "cpu":
+            require_cuda(device)
         free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+        start = time.perf_counter()
         self.env = env = HumanoidBaseEnv(config, device)
         self.build_seconds = time.perf_counter() - start
-        self._agent = PPOAgent(env, ppo or PPOConfig())
-        self.horizon = self._agent.config.horizon
+        self.horizon = (ppo or PPOConfig()).horizon
         generator = torch.Generator(env.device).manual_seed(0)
         shape = (env.num_envs, env.robot.num_joints)
         self._actions = [
             0.5 * torch.randn(shape, generator=generator, device=env.device) for _ in range(self.horizon)
         ]
-        self.first_step_seconds = -time.perf_counter()
+        start = time.perf_counter()
         env.step(self._actions[0])
         _synchronize()
-        self.first_step_seconds += time.perf_counter()
-        self.bytes_per_world = 0.0
-        if device != "cpu":
-            self.bytes_per_world = (free - torch.cuda.mem_get_info()[0]) / env.num_envs
-        self._raw = make_simulation(env.simulation.model, env.num_envs, device, config.engine)
-        self._controls = [env.simulation.ctrl.clone()] * self.horizon
+        self.first_step_seconds = time.perf_counter() - start
+        after = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+        self.bytes_per_world = (free - after) / env.num_envs
+        self._agent = PPOAgent(env, ppo)
+        sizes = (config.engine, config.num_threads, CONTACTS[config.collisions])
+        self._raw = make_simulation(env.simulation.model, env.num_envs, device, *sizes)
         self._recorded: Recorded | None = None
+        self._before: dict[str, Any] = {}
+        self._states: list[dict[str, torch.Tensor]] = []
+
+    def env_steps(self) -> None:
+        """``env.step``, ``horizon`` times: observations, rewards and resets included."""
+        for action in self._actions:
+            self.env.step(action)
+
+    def mark(self) -> None:
+        """Remember where the environment is."""
+        self._before = self.env.state_dict()
+
+    def trace(self, actions: Sequence[torch.Tensor]) -> None:
+        """Take the same steps from the mark again, and keep what the physics was given in each."""
+        env, sim = self.env, self.env.simulation
+        env.load_state_dict(self._before)
+        self._states = []
+        for action in actions:
+            state = sim.state_dict()
+            env.step(action)
+            self._states.append(state)
+        controls = [env.action_offset + env.action_scale * a for a in actions]
+        self._controls = [c.to(sim.dtype) for c in controls]
+
+    def physics_seconds(self) -> float:
+        """Seconds that the physics of the last :meth:`trace` takes alone."""
+        step = self._raw_step
+        if self._raw.device.type == "cuda":
+            self._recorded = self._recorded or Recorded(step, self._raw.device, owner=self._raw)
+            step = self._recorded.replay
+        marks = []
+        for state, ctrl in zip(self._states, self._controls, strict=True):
+            self._raw.load_state_dict(state)
+            self._raw.ctrl.copy_(ctrl)
+            start = mark(self._raw.device)
+            step()
+            marks.append((start, mark(self._raw.device)))
+        _synchronize()
+        return sum(seconds_between(*pair) for pair in marks)
 
     def _raw_step(self) -> None:
         if self._raw.device.type == "cpu":
@@ -87,56 +103,42 @@ class Bench:
         for _ in range(self.env.config.frame_skip):
             self._raw.step()  # sensors every time: MuJoCo Warp's own step, nothing left out
 
-    def env_steps(self) -> None:
-        """``env.step``, ``horizon`` times: observations, rewards and resets included."""
-        for action in self._actions:
-            self.env.step(action)
+    def turn(self) -> dict[str, float]:
+        """Seconds of each layer, ``horizon`` steps each, one after the other."""
 
-    def physics_steps(self) -> None:
-        """The physics of the last :meth:`remember`, alone."""
-        step = self._raw_step
-        if self._raw.device.type == "cuda":
-            self._recorded = self._recorded or Recorded(step, self._raw.device, owner=self._raw)
-            step = self._recorded.replay
-        for ctrl in self._controls:
-            self._raw.ctrl.copy_(ctrl)
-            step()
+        def clock(function: Callable[[], object]) -> float:
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            return time.perf_counter() - start
 
-    def remember(self) -> None:
-        """Put the raw worlds where the environment is, and note the controls it is about to give."""
-        self._raw.load_state_dict(self.env.simulation.state_dict())
-        scale, offset = self.env.action_scale, self.env.action_offset
-        self._controls = [(offset + scale * a).to(self._raw.dtype) for a in self._actions]
-
-    def rollout(self) -> None:
-        """``horizon`` steps of the policy in the environment, stored."""
-        self._rollout = self._agent.collect_rollouts()
-
-    def update(self) -> None:
-        """One PPO update."""
-        self._agent.update(self._rollout)
-
-    def iteration(self) -> None:
-        """One PPO iteration: rollout and update, and the log read."""
-        self._agent.train(1)
+        self.mark()
+        seconds = {"env": clock(self.env_steps)}
+        self.trace(self._actions)
+        seconds["physics"] = self.physics_seconds()
+        self.mark()
+        seconds["rollout"] = clock(self._agent.collect_rollouts)
+        rollout = self._agent._rollout
+        self.trace(list(self._agent.actor.bound(rollout.actions)))
+        seconds["physics of the rollout"] = self.physics_seconds()
+        seconds["update"] = clock(lambda: self._agent.update(rollout))
+        seconds["iteration"] = clock(lambda: self._agent.train(1))
+        return seconds
 
     def measure(self, seconds: float) -> dict[str, float]:
         """Control steps per second of each layer (medians), and ratios taken turn by turn."""
-        layers = {
-            "remember": self.remember,
-            "physics": self.physics_steps,
-            "env": self.env_steps,
-            "rollout": self.rollout,
-            "update": self.update,
-            "iteration": self.iteration,
-        }
         self._agent.train(1)  # the first one only sets the normalizers
-        times = interleaved(layers, seconds)
+        self.turn()  # compiles and records
+        turns: list[dict[str, float]] = []
+        start = time.perf_counter()
+        while len(turns) < 3 or time.perf_counter() - start < seconds:
+            turns.append(self.turn())
         samples = self.horizon * self.env.num_envs
-        median = {name: statistics.median(values) for name, values in times.items()}
+        median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
 
         def ratio(slow: str, fast: str) -> float:
-            return statistics.median(f / s for s, f in zip(times[slow], times[fast], strict=True))
+            return statistics.median(turn[fast] / turn[slow] for turn in turns)
 
         return {
             "worlds": self.env.num_envs,
@@ -145,7 +147,7 @@ class Bench:
             "kB_per_world": self.bytes_per_world / 1e3,
             **{name: samples / median[name] for name in ("physics", "env", "rollout", "iteration")},
             "env / physics": ratio("env", "physics"),
-            "rollout / physics": ratio("rollout", "physics"),
+            "rollout / physics": ratio("rollout", "physics of the rollout"),
             "iteration / env": ratio("iteration", "env"),
             "update_ms": 1e3 * median["update"],
             "iteration_ms": 1e3 * median["iteration"],

@@ -107,7 +107,8 @@ class TrainConfig:
     keep: bool = False
     """Keep the policy of every checkpoint, as policy-ITERATION.pt."""
     log_interval: int = 1
-    """Iterations between rows of the log, which hold their means; on a GPU nothing waits in between."""
+    """Iterations between rows of the log, which hold means over them (times on a GPU: of the last);
+    nothing waits in between."""
     seed: int = 0
     """Seed of networks, exploration and worlds: the same seed gives the same policy on the CPU."""
     device: str = "auto"
@@ -125,18 +126,15 @@ class TrainConfig:
             raise ValueError(f"run={self.run}: --resume goes on in its own folder; leave --run out")
 
 
-# What a GPU changes in the defaults of a task: many worlds cost it little more time than few.
-ON_GPU: dict[str, TrainConfig] = {
-    "walk": TrainConfig(
-        save_interval=500,
-        log_interval=10,
-        env=HumanoidEnvConfig(num_envs=2048),
-        ppo=PPOConfig(minibatches=8),
-    )
-}
+# What a GPU changes in the defaults: many worlds cost it little more time than few.
+ON_GPU = TrainConfig(
+    save_interval=500,
+    log_interval=10,
+    env=HumanoidEnvConfig(num_envs=2048),
+    ppo=PPOConfig(minibatches=8),
+)
 
 
-def train_defaults(device: str, task: str = "walk") -> TrainConfig:
-    """The configuration that a run of the task on that device begins with if nothing is said."""
-    check_choice("task", task, TASKS)
-    return copy.deepcopy(ON_GPU[task]) if device.startswith("cuda") else TrainConfig(task=task)
+def train_defaults(device: str) -> TrainConfig:
+    """What ``kouros train`` begins with on that device if nothing is said."""
+    return copy.deepcopy(ON_GPU) if device.startswith("cuda") else TrainConfig()

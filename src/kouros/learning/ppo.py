@@ -259,18 +259,19 @@ class PPOAgent:
         if self._now is None:
             self._now = self._start()
             self._recorded.pop("step", None)
-        if self._record_steps:
-            if "step" not in self._recorded:
-                self._recorded["step"] = Recorded(
-                    self._step,
-                    self.device,
-                    [self._generator, *getattr(self.env, "generators", ())],
-                    self.env,
-                    [*self._now.values(), self._slot, self._step_sums],
-                )
-            step = self._recorded["step"].replay
-        for _ in range(self.config.horizon):
-            step()
+        with _tensor_cores(self.device):
+            if self._record_steps:
+                if "step" not in self._recorded:
+                    self._recorded["step"] = Recorded(
+                        self._step,
+                        self.device,
+                        [self._generator, *getattr(self.env, "generators", ())],
+                        self.env,
+                        [*self._now.values(), self._slot, self._step_sums],
+                    )
+                step = self._recorded["step"].replay
+            for _ in range(self.config.horizon):
+                step()
         self.total_steps += self.samples
         self._since_log["steps"] += self.config.horizon
         return self._rollout
@@ -377,16 +378,17 @@ class PPOAgent:
                 changed = [self._turn, *(t for learner in learners for t in learner.tensors())]
                 with _tensor_cores(self.device):
                     self._recorded["gradient"] = Recorded(self._both_gradients, self.device, tensors=changed)
-            for _ in range(len(self._order)):
+            gradients = len(self._order)
+            for _ in range(gradients):
                 self._recorded["gradient"].replay()
         else:
             minibatches = [rows for order in orders for rows in order.chunk(config.minibatches)]
+            gradients = len(minibatches)
             # Half the threads for each network: layers this small gain little from more than one.
             with torch_threads(max(1, torch.get_num_threads() // 2)), _tensor_cores(self.device):
                 critic = self._second_thread.submit(self._critic_gradients, batch, minibatches)
                 self._actor_gradients(batch, minibatches)
                 critic.result()
-        gradients = config.epochs * config.minibatches
         kl += self._actor_learner.sums[ACTOR_LOG.index("approx_kl")]
         for learner in learners:
             learner.symmetrize()
@@ -499,15 +501,15 @@ class PPOAgent:
         simulation = getattr(self.env, "simulation", None)
         start = time.perf_counter()
         for done in range(1, iterations + 1):
-            marks = [self._mark()]
+            marks = [mark(self.device)]
             with torch_threads(1):
                 rollout = self.collect_rollouts()
-            marks.append(self._mark())
+            marks.append(mark(self.device))
             if self.iteration == 0 and self.config.normalize_observations:
                 self._update_normalizers(rollout)  # the first samples only set the scale
             else:
                 self.update(rollout)
-            marks.append(self._mark())
+            marks.append(mark(self.device))
             self.iteration += 1
             since = self._since_log["steps"] // self.config.horizon
             if done % log_interval and done < iterations:
@@ -516,7 +518,7 @@ class PPOAgent:
             now = time.perf_counter()
             log["time/iteration"] = (now - start) / since
             log["time/steps_per_second"] = since * self.samples / (now - start)
-            log["time/rollout"], log["time/learning"] = map(_seconds_between, marks[:2], marks[1:])
+            log["time/rollout"], log["time/learning"] = map(seconds_between, marks[:2], marks[1:])
             if self.device.type == "cpu":
                 log["time/policy"] = self._seconds["policy"] / since
                 log["time/env"] = self._seconds["env"] / since
@@ -527,14 +529,6 @@ class PPOAgent:
             if callback and callback(log):
                 break
             start = time.perf_counter()
-
-    def _mark(self) -> float | torch.cuda.Event:
-        """A point in the device's time."""
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     @torch.no_grad()
     def evaluate(self, episodes: int = 10) -> dict[str, float]:
@@ -736,7 +730,17 @@ def _tensor_cores(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def mark(device: torch.device) -> float | torch.cuda.Event:
+    """A point in the device's time."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Seconds between two marks that the device has passed."""
     if isinstance(start, torch.cuda.Event):
         assert isinstance(end, torch.cuda.Event)
         return start.elapsed_time(end) / 1000.0

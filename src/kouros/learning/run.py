@@ -84,7 +84,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     write_json(folder / "config.json", {**dataclasses.asdict(config), "run": folder, "steps": steps})
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
-    saved = -1
+    saved, overflown = -1, 0.0
 
     def save() -> None:
         nonlocal saved
@@ -100,6 +100,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration) as logger, display:
 
         def after_iteration(log: dict[str, float]) -> bool:
+            nonlocal overflown
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
             log |= {
                 "iteration": agent.iteration,
@@ -108,11 +109,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             }
             logger.write(log)
             display.show(log)
-            if log.get("task/overflown_worlds", 0.0) > display.overflown:
-                display.overflown = log["task/overflown_worlds"]
+            if log.get("task/overflown_worlds", 0.0) > overflown:
+                overflown = log["task/overflown_worlds"]
                 console.print(
-                    f"[bold red]contacts overflow[/bold red] in {100 * display.overflown:.2g} % of the "
-                    "worlds, whose physics is wrong from then on: raise CONTACTS in kouros/envs/scene.py"
+                    "[bold red]contacts overflow[/bold red]: MuJoCo Warp has no room for all and leaves some "
+                    "out; raise CONTACTS in kouros/envs/scene.py"
                 )
             if agent.iteration - saved >= config.save_interval:
                 save()
@@ -151,9 +152,10 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
         env=from_plain(HumanoidEnvConfig, saved["env"]),
         ppo=from_plain(PPOConfig, saved["ppo"]),
     )
-    for name, default in _flat(train_defaults(device)).items():
-        given, theirs = _flat(config)[name], _flat(begun)[name]
-        if given not in (default, theirs):
+    cpu, here = _flat(TrainConfig()), _flat(train_defaults(device))
+    for name, theirs in _flat(begun).items():
+        given = _flat(config)[name]
+        if given not in (cpu[name], here[name], theirs):
             raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
     changes = {name: getattr(begun, name) for name in ("task", "seed", "env", "ppo")}
     return dataclasses.replace(config, steps=config.steps or saved["steps"], **changes)
@@ -200,7 +202,7 @@ def from_plain(cls: type, values: dict[str, Any]) -> Any:
 
 
 class RunLogger:
-    """``metrics.jsonl`` (one line an iteration), TensorBoard events and the learning curve.
+    """``metrics.jsonl`` (a line every ``log_interval`` iterations), TensorBoard events, the learning curve.
 
     Args:
       folder: the run's.
@@ -309,7 +311,6 @@ class _Display:
         self._task = self._progress.add_task("train", total=1.0)
         self._live = Live(self._progress, console=console, refresh_per_second=4)
         self._last_line = -math.inf
-        self.overflown = 0.0
 
     def __enter__(self) -> _Display:
         if self._console.is_terminal:

@@ -22,7 +22,7 @@ class Simulation(abc.ABC):
     ``step`` they describe the state before the last substep, as with ``mj_step``.
 
     A mask is a bool tensor ``(num_worlds,)``; None means every world. A call with a mask leaves
-    every other world untouched, bit for bit.
+    state and sensors of every other world untouched, bit for bit (MuJoCo C: all of it).
 
     Attributes:
       model: the compiled model. Read it; per-world changes go through :meth:`model_field`.
@@ -34,7 +34,7 @@ class Simulation(abc.ABC):
         velocity (body frame).
       ctrl: ``(num_worlds, nu)``, in the actuators' units.
       sensordata: ``(num_worlds, nsensordata)``; :meth:`sensor` gives one sensor's columns.
-      seconds: wall-clock time spent in :meth:`step` so far.
+      seconds: wall-clock time spent in :meth:`step`, where that can be told; who reads it may reset it.
     """
 
     model: mujoco.MjModel
@@ -101,9 +101,9 @@ class Simulation(abc.ABC):
 
     @abc.abstractmethod
     def overflow(self) -> torch.Tensor:
-        """Worlds that ever had more contacts than the engine has room for, bool ``(num_worlds,)``.
+        """Worlds in which contacts ever found no room in the engine, bool ``(num_worlds,)``.
 
-        Their physics is wrong from then on.
+        Room is shared, so that one world's lack may show in all; contacts left out are not felt.
         """
 
     @abc.abstractmethod

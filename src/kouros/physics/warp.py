@@ -31,6 +31,7 @@ STATE = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl", "qfrc_applied"
 DERIVED = ("body_subtreemass", "body_invweight0", "dof_invweight0", "actuator_acc0")
 OVERFLOWS = (
     mjw.OverflowType.NEFC,
+    mjw.OverflowType.NJMAX_NNZ,
     mjw.OverflowType.BROADPHASE,
     mjw.OverflowType.NARROWPHASE,
     mjw.OverflowType.CONTACT_MATCH,
@@ -46,6 +47,7 @@ class WarpSimulation(Simulation):
     Nothing here waits for the device or has a shape that depends on data, so that every call may be
     recorded in a CUDA graph. MuJoCo Warp works on all worlds at once: a masked call computes them all
     and keeps state and sensors of the others; their other derived fields come to the present state.
+    ``seconds`` stays 0: nothing waits for the device.
 
     Args:
       model: copied; ``simulation.model`` is the copy.
@@ -65,6 +67,8 @@ class WarpSimulation(Simulation):
         if num_worlds < 1:
             raise ValueError(f"num_worlds={num_worlds}: must be at least 1")
         self.model = copy.copy(model)
+        # MuJoCo C's switch for sick worlds, which MuJoCo Warp does not restart anyway.
+        self.model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
         self.num_worlds = num_worlds
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
