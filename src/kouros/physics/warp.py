@@ -170,10 +170,9 @@ class WarpSimulation(Simulation):
     def reset(self, mask: torch.Tensor | None = None) -> None:
         if mask is None:
             mask = torch.ones(self.num_worlds, dtype=torch.bool, device=self.device)
-        for name, tensor in self._state.items():
-            rows = mask.view(-1, *[1] * (tensor.dim() - 1))
-            # Not zero times the old value: a sick world's is NaN.
-            tensor.copy_(torch.where(rows, self._qpos0 if name == "qpos" else 0.0, tensor))
+        for tensor in self._state.values():
+            tensor.masked_fill_(mask.view(-1, *[1] * (tensor.dim() - 1)), 0.0)
+        self.qpos.copy_(torch.where(mask.unsqueeze(-1), self._qpos0, self.qpos))
 
     def may_have(self, mask: torch.Tensor) -> bool:
         return True
