@@ -107,8 +107,7 @@ class TrainConfig:
     keep: bool = False
     """Keep the policy of every checkpoint, as policy-ITERATION.pt."""
     log_interval: int = 1
-    """Iterations between rows of the log, which hold means over them (times on a GPU: of the last);
-    nothing waits in between."""
+    """Iterations between rows of the log, which hold means over them; a GPU never waits in between."""
     seed: int = 0
     """Seed of networks, exploration and worlds: the same seed gives the same policy on the CPU."""
     device: str = "auto"
