@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kouros import graphs
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.humanoid import _STATE, HumanoidBaseEnv
 from kouros.envs.scene import make_model
@@ -292,6 +293,41 @@ def test_a_sick_world_is_reset_and_counted() -> None:
     assert torch.isfinite(obs).all() and torch.isfinite(reward).all()
     assert torch.isfinite(env.simulation.qpos).all()
     assert torch.isfinite(env.step(torch.zeros(4, 29))[0]).all()
+
+
+class Stand(graphs.Recorded):
+    """A recording without a GPU: tried out and put back as a real one, and replayed line by line."""
+
+    def __init__(self, function, device, generators=(), owner=None, tensors=()) -> None:
+        with graphs.trying_out(generators, owner, tensors):
+            function()
+            function()
+        self.function = function
+
+    def replay(self):
+        with graphs.trying_out((), None, ()):  # as while recording: nothing is recorded inside
+            return self.function()
+
+
+def test_recorded_training_is_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying a step out leaves no trace, and a replay reads what the last one left: bit for bit."""
+    monkeypatch.setattr("kouros.learning.ppo.Recorded", Stand)
+    monkeypatch.setattr("kouros.envs.humanoid.Recorded", Stand)
+    agents, logs = [], []
+    for recorded in (True, False):
+        env = HumanoidBaseEnv(config(max_episode_length=9, **EVERYTHING))
+        env.graph_safe = recorded
+        agents.append(PPOAgent(env, PPOConfig(horizon=6, minibatches=2), seed=3))
+        agents[-1]._record_steps = recorded
+        agents[-1].train(3, logs.append)
+        env.step(torch.zeros(4, 29))
+        agents[-1].train(1, logs.append)
+    for a, b in zip(*(agent.actor.parameters() for agent in agents), strict=True):
+        assert torch.equal(a, b)
+    for one, other in zip(logs[:4], logs[4:], strict=True):
+        assert {k: v for k, v in one.items() if "time/" not in k} == {
+            k: v for k, v in other.items() if "time/" not in k
+        }
 
 
 def test_one_iteration_of_learning() -> None:

@@ -38,22 +38,13 @@ class Recorded:
         owner: Any = None,
         tensors: Sequence[torch.Tensor] = (),
     ) -> None:
-        state = owner.state_dict() if owner is not None else None
-        copies = [tensor.clone() for tensor in tensors]
-        random = [generator.get_state() for generator in generators]
         stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), _warming_up():
-            function()
-            function()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        if owner is not None:
-            owner.load_state_dict(state)
-        with torch.no_grad():
-            for tensor, copy in zip(tensors, copies, strict=True):
-                tensor.copy_(copy)
-        for generator, before in zip(generators, random, strict=True):
-            generator.set_state(before)
+        with trying_out(generators, owner, tensors):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                function()
+                function()
+            torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
 
         self._owner = owner
@@ -107,19 +98,32 @@ def _warp_recording(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
 
 
-_warm_ups = 0
+_trying_out = 0
 
 
 @contextlib.contextmanager
-def _warming_up() -> Iterator[None]:
-    global _warm_ups
-    _warm_ups += 1
+def trying_out(
+    generators: Sequence[torch.Generator], owner: Any, tensors: Sequence[torch.Tensor]
+) -> Iterator[None]:
+    """What is run inside leaves no trace in the generators, the owner and the tensors."""
+    global _trying_out
+    state = owner.state_dict() if owner is not None else None
+    copies = [tensor.clone() for tensor in tensors]
+    random = [generator.get_state() for generator in generators]
+    _trying_out += 1
     try:
         yield
     finally:
-        _warm_ups -= 1
+        _trying_out -= 1
+    if owner is not None:
+        owner.load_state_dict(state)
+    with torch.no_grad():
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.copy_(copy)
+    for generator, before in zip(generators, random, strict=True):
+        generator.set_state(before)
 
 
 def is_recording() -> bool:
     """Whether the current stream is being recorded, or what will be is tried out."""
-    return _warm_ups > 0 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return _trying_out > 0 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

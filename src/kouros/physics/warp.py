@@ -18,7 +18,7 @@ from kouros.physics.simulation import Simulation
 try:
     import warp as wp
 
-    wp.config.quiet = True  # type: ignore[attr-defined]
+    wp.config.log_level = wp.LOG_WARNING
     import mujoco_warp as mjw
 except ImportError as error:
     raise ImportError(f"the GPU engine needs MuJoCo Warp ({error}): pip install 'kouros[gpu]'") from error
