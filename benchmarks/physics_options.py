@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from kouros.envs.config import CALM
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.scene import make_model
 from kouros.files import write_json
@@ -106,7 +107,7 @@ def costs(policy: Callable[[torch.Tensor], torch.Tensor], env: HumanoidBaseEnv, 
 
 def main(config: Config) -> None:
     actor, env_config, _ = load_policy("walk")
-    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=config.worlds, harness=0.0))
+    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=config.worlds, harness=0.0, **CALM))
     generator = torch.Generator().manual_seed(0)
     policies = {
         "walking": actor.act,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from kouros.checks import check_choice, require, require_numbers
 
@@ -191,5 +191,8 @@ class HumanoidEnvConfig:
         require(self, "actor_observations", len(self.actor_observations) > 0, "must not be empty")
         require(self, "fall_tilt", 0 < self.fall_tilt <= math.pi, "must lie in (0, pi] rad")
 
+
+# What leaves a robot alone: to be seen, recorded and compared.
+CALM: dict[str, Any] = {"push_velocity": 0.0, "ground_friction": (1.0, 1.0)}
 
 TASKS = {"walk": HumanoidEnvConfig}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.observations import OBSERVATIONS
 
@@ -95,8 +95,7 @@ def record_policy(
     Raises:
       RuntimeError: nearly every step ends an episode.
     """
-    calm: dict[str, Any] = {"push_velocity": 0.0, "ground_friction": (1.0, 1.0)}
-    env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0, **calm))
+    env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0, **CALM))
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []
     while sum(len(row["state"]) for row in rows) < steps:

@@ -288,7 +288,7 @@ class HumanoidBaseEnv(VectorEnv):
         """:meth:`_step` as a CUDA graph, recorded at its first call."""
         if self._recorded is None:
             self._actions = torch.zeros_like(actions)
-            self._recorded = Recorded(lambda: self._step(self._actions), self.device, [self._generator], self)
+            self._recorded = Recorded(lambda: self._step(self._actions), self.device, self.generators, self)
         self._actions.copy_(actions)
         return torch.utils._pytree.tree_map(torch.clone, self._recorded.replay())
 
@@ -448,11 +448,12 @@ class HumanoidBaseEnv(VectorEnv):
         angle = (2.0 * torch.pi) * self._uniform(1)
         push = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1) * self.config.push_velocity
         self.simulation.qvel[:, :2] += push * mask.unsqueeze(-1)
-        self.until_push.copy_(torch.where(mask, self._push_intervals(), self.until_push))
+        self._draw(self.config.push_interval, self.until_push, mask)
 
-    def _push_intervals(self) -> torch.Tensor:
-        low, high = self.config.push_interval
-        return self._uniform(1)[:, 0] * (high - low) + low
+    def _draw(self, bounds: tuple[float, float], target: torch.Tensor, mask: torch.Tensor) -> None:
+        """Draw ``target``, ``(num_envs,)``, anew between bounds in the worlds of the mask."""
+        low, high = bounds
+        target.copy_(torch.where(mask, self._uniform(1)[:, 0] * (high - low) + low, target))
 
     def _begin_episodes(self, mask: torch.Tensor) -> None:
         sim, rows = self.simulation, mask.unsqueeze(-1)
@@ -465,11 +466,9 @@ class HumanoidBaseEnv(VectorEnv):
         sim.qvel.copy_(torch.where(rows, qvel, sim.qvel))
         sim.kinematics(mask)
         if self._ground_friction is not None:
-            low, high = self.config.ground_friction
-            draws = self._uniform(1)[:, 0] * (high - low) + low
-            self._ground_friction.copy_(torch.where(mask, draws, self._ground_friction))
+            self._draw(self.config.ground_friction, self._ground_friction, mask)
         if self.config.push_velocity:
-            self.until_push.copy_(torch.where(mask, self._push_intervals(), self.until_push))
+            self._draw(self.config.push_interval, self.until_push, mask)
 
         for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
             buffer.masked_fill_(rows, 0.0)

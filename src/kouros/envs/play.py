@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.scene import VIEW, Camera, has_display
 from kouros.files import replacing
@@ -122,10 +122,9 @@ class _Single:
             num_envs=1,
             num_threads=1,
             harness=0.0,
-            push_velocity=0.0,
-            ground_friction=(1.0, 1.0),
             max_episode_length=10**9,
             resampling_interval=1e6,
+            **CALM,
         )
         self.env = HumanoidBaseEnv(config)
         self._policy = policy

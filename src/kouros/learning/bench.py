@@ -26,6 +26,11 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _free_memory() -> int:
+    """Of the current GPU, bytes; 0 where there is none."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
 class Bench:
     """An environment, raw physics on the same model, and a learner.
 
@@ -36,7 +41,7 @@ class Bench:
     def __init__(self, config: HumanoidEnvConfig, ppo: PPOConfig | None = None, device: str = "cpu") -> None:
         if device != "cpu":
             require_cuda(device)
-        free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+        free = _free_memory()
         start = time.perf_counter()
         self.env = env = HumanoidBaseEnv(config, device)
         self.build_seconds = time.perf_counter() - start
@@ -50,46 +55,33 @@ class Bench:
         env.step(self._actions[0])
         _synchronize()
         self.first_step_seconds = time.perf_counter() - start
-        after = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
-        self.bytes_per_world = (free - after) / env.num_envs
+        self.bytes_per_world = (free - _free_memory()) / env.num_envs if device != "cpu" else 0.0
         self._agent = PPOAgent(env, ppo)
         sizes = (config.engine, config.num_threads, CONTACTS[config.collisions])
         self._raw = make_simulation(env.simulation.model, env.num_envs, device, *sizes)
         self._recorded: Recorded | None = None
-        self._before: dict[str, Any] = {}
-        self._states: list[dict[str, torch.Tensor]] = []
 
     def env_steps(self) -> None:
         """``env.step``, ``horizon`` times: observations, rewards and resets included."""
         for action in self._actions:
             self.env.step(action)
 
-    def mark(self) -> None:
-        """Remember where the environment is."""
-        self._before = self.env.state_dict()
-
-    def trace(self, actions: Sequence[torch.Tensor]) -> None:
-        """Take the same steps from the mark again, and keep what the physics was given in each."""
-        env, sim = self.env, self.env.simulation
-        env.load_state_dict(self._before)
-        self._states = []
-        for action in actions:
-            state = sim.state_dict()
+    def physics_seconds(self, before: dict[str, Any], actions: Sequence[torch.Tensor]) -> float:
+        """Seconds that the physics alone takes of the steps that lead on from a state of the environment."""
+        env = self.env
+        env.load_state_dict(before)
+        states = []
+        for action in actions:  # the same steps again, to see what the physics is given in each
+            states.append(env.simulation.state_dict())
             env.step(action)
-            self._states.append(state)
-        controls = [env.action_offset + env.action_scale * a for a in actions]
-        self._controls = [c.to(sim.dtype) for c in controls]
-
-    def physics_seconds(self) -> float:
-        """Seconds that the physics of the last :meth:`trace` takes alone."""
         step = self._raw_step
         if self._raw.device.type == "cuda":
             self._recorded = self._recorded or Recorded(step, self._raw.device, owner=self._raw)
             step = self._recorded.replay
         marks = []
-        for state, ctrl in zip(self._states, self._controls, strict=True):
+        for state, action in zip(states, actions, strict=True):
             self._raw.load_state_dict(state)
-            self._raw.ctrl.copy_(ctrl)
+            self._raw.ctrl.copy_(env.action_offset + env.action_scale * action)
             start = mark(self._raw.device)
             step()
             marks.append((start, mark(self._raw.device)))
@@ -113,15 +105,14 @@ class Bench:
             _synchronize()
             return time.perf_counter() - start
 
-        self.mark()
+        before = self.env.state_dict()
         seconds = {"env": clock(self.env_steps)}
-        self.trace(self._actions)
-        seconds["physics"] = self.physics_seconds()
-        self.mark()
+        seconds["physics"] = self.physics_seconds(before, self._actions)
+        before = self.env.state_dict()
         seconds["rollout"] = clock(self._agent.collect_rollouts)
         rollout = self._agent._rollout
-        self.trace(list(self._agent.actor.bound(rollout.actions)))
-        seconds["physics of the rollout"] = self.physics_seconds()
+        actions = list(self._agent.actor.bound(rollout.actions))
+        seconds["physics of the rollout"] = self.physics_seconds(before, actions)
         seconds["update"] = clock(lambda: self._agent.update(rollout))
         seconds["iteration"] = clock(lambda: self._agent.train(1))
         return seconds

@@ -495,7 +495,8 @@ class PPOAgent:
 
         Args:
           iterations: how many of each.
-          callback: called with the log, means over ``log_interval`` iterations; True stops the training.
+          callback: called with the log, means over ``log_interval`` iterations (``time/rollout`` and
+            ``time/learning`` are the last one's); True stops the training.
           log_interval: iterations between logs. On a GPU nothing waits in between.
         """
         simulation = getattr(self.env, "simulation", None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import mujoco
@@ -91,6 +93,7 @@ class WarpSimulation(Simulation):
         self._state = {name: self.field(name) for name in STATE}
         self.qpos, self.qvel, self.ctrl = (self._state[name] for name in ("qpos", "qvel", "ctrl"))
         self.sensordata = self.field("sensordata")
+        self._saved = {**self._state, "sensordata": self.sensordata}
         self._qpos0 = torch.as_tensor(model.qpos0, dtype=self.dtype, device=self.device)
         self._overflow = self.field("overflow")
         self._overflow_bits = int(sum(OVERFLOWS))
@@ -148,24 +151,16 @@ class WarpSimulation(Simulation):
             mjw.step(self._model, self._data)
 
     def forward(self, mask: torch.Tensor | None = None) -> None:
-        kept = (self.sensordata, self._state["qacc_warmstart"])
-        before = [tensor.clone() for tensor in kept]
-        with self._device():
+        with _only(mask, self.sensordata, self._state["qacc_warmstart"]), self._device():
             mjw.forward(self._model, self._data)
-        if mask is not None:
-            for tensor, old in zip(kept, before, strict=True):
-                tensor.copy_(torch.where(mask.unsqueeze(-1), tensor, old))
 
     def kinematics(self, mask: torch.Tensor | None = None) -> None:
-        before = self.sensordata.clone()
-        with self._device():
+        with _only(mask, self.sensordata), self._device():
             self.sensordata.zero_()
             mjw.fwd_kinematics(self._model, self._data)
             mjw.sensor_pos(self._model, self._data)
             mjw.com_vel(self._model, self._data)
             mjw.sensor_vel(self._model, self._data)
-        if mask is not None:
-            self.sensordata.copy_(torch.where(mask.unsqueeze(-1), self.sensordata, before))
 
     def reset(self, mask: torch.Tensor | None = None) -> None:
         if mask is None:
@@ -181,19 +176,18 @@ class WarpSimulation(Simulation):
         return (self._overflow & self._overflow_bits) != 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {**self._state, "sensordata": self.sensordata}
-        state |= {f"model.{name}": values for name, values in self._expanded.items()}
-        return {name: tensor.clone() for name, tensor in state.items()}
+        fields = {f"model.{name}": values for name, values in self._expanded.items()}
+        return {name: tensor.clone() for name, tensor in (self._saved | fields).items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name, tensor in {**self._state, "sensordata": self.sensordata}.items():
+        for name, tensor in self._saved.items():
             found = tuple(state[name].shape) if name in state else "nothing"
             if found != tuple(tensor.shape):
                 raise ValueError(
                     f"simulation state: {name} is {found} in the file and {tuple(tensor.shape)} here; "
                     "use the run's own num_envs, robot, collisions and device"
                 )
-        for name, tensor in {**self._state, "sensordata": self.sensordata}.items():
+        for name, tensor in self._saved.items():
             tensor.copy_(state[name])
         fields = {name.removeprefix("model.") for name in state if name.startswith("model.")}
         for name in fields | set(self._expanded):
@@ -219,6 +213,18 @@ class WarpSimulation(Simulation):
             stream = warp_stream(torch.cuda.current_stream(self.device))
             return wp.ScopedStream(stream, sync_enter=False)
         return wp.ScopedDevice("cpu")
+
+
+@contextlib.contextmanager
+def _only(mask: torch.Tensor | None, *tensors: torch.Tensor) -> Iterator[None]:
+    """Of what is written to the tensors inside, only the rows of the mask stay."""
+    if mask is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(mask.unsqueeze(-1), tensor, old))
 
 
 def _per_world(array: object, simulation: WarpSimulation) -> bool:
