@@ -95,7 +95,9 @@ def record_policy(
     Raises:
       RuntimeError: nearly every step ends an episode.
     """
-    env = HumanoidBaseEnv(dataclasses.replace(config, num_envs=10, resampling_interval=1.0, **CALM))
+    env = HumanoidBaseEnv(
+        dataclasses.replace(config, num_envs=10, resampling_interval=1.0, randomization=CALM)
+    )
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []
     while sum(len(row["state"]) for row in rows) < steps:

@@ -124,7 +124,7 @@ class _Single:
             harness=0.0,
             max_episode_length=10**9,
             resampling_interval=1e6,
-            **CALM,
+            randomization=CALM,
         )
         self.env = HumanoidBaseEnv(config)
         self._policy = policy
