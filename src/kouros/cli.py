@@ -16,7 +16,7 @@ import tyro
 from kouros import __version__
 from kouros.checks import require
 from kouros.devices import pick_device
-from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig
+from kouros.envs.config import HumanoidEnvConfig, Preset, RandomizationConfig
 from kouros.learning.config import PPOConfig, TrainConfig, train_defaults
 
 if TYPE_CHECKING:
@@ -92,6 +92,10 @@ class Export:
 class Bench:
     """Measure this machine: raw physics, environment and learning, in one run."""
 
+    task: str = "walk"
+    """Task, by name: it sets the defaults of --env."""
+    randomize: Preset = "none"
+    """A preset of --env.randomization."""
     worlds: tuple[int, ...] = ()
     """Numbers of worlds to measure with, one after the other.
     If not given: 256, on a GPU 2,048, 4,096 and 16,384."""
@@ -270,15 +274,25 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
+def _given(args: list[str], option: str, otherwise: str) -> str:
+    """The last value of an option on the command line."""
+    given = [b for a, b in itertools.pairwise(args) if a == option]
+    given += [a.removeprefix(f"{option}=") for a in args if a.startswith(f"{option}=")]
+    return given[-1] if given else otherwise
+
+
 def _commands(args: list[str]) -> Any:
-    """What tyro parses; the defaults of ``train`` are those of its device."""
+    """What tyro parses; the defaults of ``train`` and ``bench`` are those of the device, task and preset."""
     kinds: dict[str, Any] = {}
     for name, (kind, _) in COMMANDS.items():
         default: dict[str, Any] = {}
-        if name == "train" and args[:1] == ["train"]:
-            given = [b for a, b in itertools.pairwise(args) if a == "--device"]
-            given += [a.removeprefix("--device=") for a in args if a.startswith("--device=")]
-            default = {"default": train_defaults(pick_device(*given[-1:]))}
+        if name in ("train", "bench") and args[:1] == [name]:
+            begin = train_defaults(
+                pick_device(_given(args, "--device", "auto")) if name == "train" else "cpu",
+                _given(args, "--task", "walk"),
+                _given(args, "--randomize", "none"),  # type: ignore[arg-type]
+            )
+            default = {"default": begin if name == "train" else Bench(env=begin.env)}
         kinds[name] = Annotated[kind, tyro.conf.subcommand(name, **default)]
     return Union[tuple(kinds.values())]  # noqa: UP007 (made at run time)
 

@@ -148,7 +148,8 @@ MAX_DELAY = 0.1
 
 NOISE = {"base_ang_vel": 0.2, "projected_gravity": 0.03, "joint_pos": 0.01, "joint_vel": 0.75}
 
-PRESETS: dict[str, dict[str, Any]] = {
+Preset = Literal["none", "light", "sim2real"]
+PRESETS: dict[Preset, dict[str, Any]] = {
     "none": {},
     "light": {
         "mass": (0.95, 1.05),
@@ -177,13 +178,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def randomization(preset: str) -> RandomizationConfig:
+def randomization(preset: Preset) -> RandomizationConfig:
     """A preset by name: none, light or sim2real.
 
     Raises:
       ValueError: an unknown name.
     """
-    check_choice("randomization", preset, PRESETS)
+    check_choice("randomize", preset, PRESETS)
     return RandomizationConfig(**copy.deepcopy(PRESETS[preset]))
 
 

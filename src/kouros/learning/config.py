@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from kouros.checks import check_choice, require, require_numbers
-from kouros.envs.config import TASKS, HumanoidEnvConfig
+from kouros.envs.config import PRESETS, TASKS, HumanoidEnvConfig, Preset, randomization
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
 
@@ -91,7 +91,9 @@ class TrainConfig:
     Ten minutes or so on two cores, one on a GPU: each has its own defaults, shown here for this machine."""
 
     task: str = "walk"
-    """Task, by name."""
+    """Task, by name: it sets the defaults of --env."""
+    randomize: Preset = "none"
+    """What differs from world to world and episode to episode: a preset of --env.randomization."""
     run: Path | None = None
     """Folder of the run; runs/TASK-DATE-TIME if not given."""
     resume: Path | None = None
@@ -117,6 +119,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
+        check_choice("randomize", self.randomize, PRESETS)
         for name in ("steps", "minutes", "save_interval", "log_interval"):
             value = getattr(self, name)
             require(self, name, value is None or value > 0, "must be greater than 0")
@@ -134,6 +137,16 @@ ON_GPU = TrainConfig(
 )
 
 
-def train_defaults(device: str) -> TrainConfig:
-    """What ``kouros train`` begins with on that device if nothing is said."""
-    return copy.deepcopy(ON_GPU) if device.startswith("cuda") else TrainConfig()
+def train_defaults(device: str, task: str = "walk", randomize: Preset = "none") -> TrainConfig:
+    """What ``kouros train`` begins with on that device, for a task and a preset, if nothing else is said.
+
+    Raises:
+      ValueError: an unknown task or preset.
+    """
+    check_choice("task", task, TASKS)
+    config = copy.deepcopy(ON_GPU) if device.startswith("cuda") else TrainConfig()
+    config.task, config.randomize = task, randomize
+    config.env = dataclasses.replace(TASKS[task](), num_envs=config.env.num_envs)
+    if randomize != "none":
+        config.env.randomization = randomization(randomize)
+    return config

@@ -148,6 +148,7 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
     saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
     begun = TrainConfig(
         task=saved["task"],
+        randomize=saved["randomize"],
         seed=saved["seed"],
         env=from_plain(HumanoidEnvConfig, saved["env"]),
         ppo=from_plain(PPOConfig, saved["ppo"]),
@@ -157,7 +158,7 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
         given = _flat(config)[name]
         if given not in (cpu[name], here[name], theirs):
             raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
-    changes = {name: getattr(begun, name) for name in ("task", "seed", "env", "ppo")}
+    changes = {name: getattr(begun, name) for name in ("task", "randomize", "seed", "env", "ppo")}
     return dataclasses.replace(config, steps=config.steps or saved["steps"], **changes)
 
 
@@ -173,6 +174,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
     return {
         "task": config.task,
+        "randomize": config.randomize,
         "seed": config.seed,
         **fields("env.", config.env),
         **fields("ppo.", config.ppo),
