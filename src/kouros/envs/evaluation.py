@@ -25,12 +25,14 @@ FIXED = (
     "command_vx",
     "command_vy",
     "command_yaw",
+    "heading_fraction",
     "resampling_interval",
     "fall_tilt",
     "fall_height",
     "initial_joint_noise",
     "initial_velocity",
     "push_interval",
+    "curriculum",
 )
 
 

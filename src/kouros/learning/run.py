@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -85,6 +85,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
     saved, overflown = -1, 0.0
+    told = len(env.curriculum.manager.history) if env.curriculum else 0
 
     def save() -> None:
         nonlocal saved
@@ -100,7 +101,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration) as logger, display:
 
         def after_iteration(log: dict[str, float]) -> bool:
-            nonlocal overflown
+            nonlocal overflown, told
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
             log |= {
                 "iteration": agent.iteration,
@@ -109,6 +110,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             }
             logger.write(log)
             display.show(log)
+            for move in env.curriculum.manager.history[told:] if env.curriculum else ():
+                told += 1
+                console.print(
+                    f"curriculum: {move['from']} -> {move['to']} after {move['episodes']} episodes, "
+                    f"{100 * move['success_rate']:.0f} % successful"
+                )
             if log.get("task/overflown_worlds", 0.0) > overflown:
                 overflown = log["task/overflown_worlds"]
                 console.print(
@@ -197,8 +204,14 @@ def from_plain(cls: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := set(values) - known:
         raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**tuples)
+    kinds = get_type_hints(cls)
+
+    def value(name: str, plain: Any) -> Any:
+        if dataclasses.is_dataclass(kinds[name]) and isinstance(plain, dict):
+            return from_plain(kinds[name], plain)
+        return tuple(plain) if isinstance(plain, list) else plain
+
+    return cls(**{name: value(name, plain) for name, plain in values.items()})
 
 
 class RunLogger:
