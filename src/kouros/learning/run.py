@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros.devices import has_gpu, pick_device
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.files import replacing, write_json
@@ -170,9 +170,20 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """What a run cannot change on its way, by the names of the command line."""
-    groups: dict[str, Any] = {"env.": config.env, "ppo.": config.ppo}
-    fields = {f"{p}{f.name}": getattr(g, f.name) for p, g in groups.items() for f in dataclasses.fields(g)}
-    return {"task": config.task, "seed": config.seed, **fields}
+
+    def fields(prefix: str, group: Any) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for field in dataclasses.fields(group):
+            name, value = f"{prefix}{field.name}", getattr(group, field.name)
+            flat |= fields(f"{name}.", value) if dataclasses.is_dataclass(value) else {name: value}
+        return flat
+
+    return {
+        "task": config.task,
+        "seed": config.seed,
+        **fields("env.", config.env),
+        **fields("ppo.", config.ppo),
+    }
 
 
 ROOM = 100e6
@@ -204,14 +215,14 @@ def from_plain(cls: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := set(values) - known:
         raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
-    kinds = get_type_hints(cls)
+    hints = get_type_hints(cls)
 
-    def value(name: str, plain: Any) -> Any:
-        if dataclasses.is_dataclass(kinds[name]) and isinstance(plain, dict):
-            return from_plain(kinds[name], plain)
-        return tuple(plain) if isinstance(plain, list) else plain
+    def made(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hints[name]):
+            return from_plain(hints[name], value)
+        return tuple(value) if isinstance(value, list) else value
 
-    return cls(**{name: value(name, plain) for name, plain in values.items()})
+    return cls(**{name: made(name, value) for name, value in values.items()})
 
 
 class RunLogger:
@@ -387,7 +398,8 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
     """
     content = checkpoint.load(find_policy(path))
     env_config = from_plain(HumanoidEnvConfig, {**content.get("env", {}), "engine": "auto"})
-    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=1))
+    alone = {"num_envs": 1, "randomization": CALM, "curriculum": CurriculumConfig()}
+    env = HumanoidBaseEnv(dataclasses.replace(env_config, **alone))
     check_contract(content.get("contract"), env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])
     weights = content["actor"]
