@@ -125,7 +125,7 @@ def running(n: int, **config: object) -> tuple[RunningCurriculum, dict[str, floa
     """A curriculum over ``n`` worlds, and the figures in force."""
     in_force: dict[str, float] = {}
     targets = {name: lambda value, name=name: in_force.__setitem__(name, value) for name in CURRICULUM_FIELDS}
-    made = CurriculumConfig(enabled=True, **config)  # type: ignore[arg-type]
+    made = CurriculumConfig(enabled=True, retreat_below=0.4, **config)  # type: ignore[arg-type]
     return RunningCurriculum(made, n, torch.device("cpu"), targets), in_force
 
 
@@ -150,12 +150,13 @@ class TestSuccess:
 
     @pytest.mark.parametrize("seed", range(3))
     def test_counts_are_those_of_a_loop(self, seed: int) -> None:
-        """Each world counts its first episodes, the same number, all begun after the last judgement."""
+        """Rounds of the latest episode of each world, all begun in the round; three of them a judgement."""
         n, rng = 7, np.random.default_rng(seed)
         curriculum, in_force = running(n, min_episodes=20)
-        quota, stages = 3, make_stages(curriculum.config)
-        begun = [[True] for _ in range(n)]  # whether the episode under way counts
-        results: list[list[bool]] = [[] for _ in range(n)]
+        stages = make_stages(curriculum.config)
+        begun = [True] * n  # whether the episode under way counts
+        latest: dict[int, bool] = {}
+        pool: list[bool] = []
         for step in range(600):
             done = torch.from_numpy(rng.random(n) < rng.random(n) * 0.5)
             good = done & torch.from_numpy(rng.random(n) < 0.55 + 0.4 * (step % 200 < 100))
@@ -163,21 +164,26 @@ class TestSuccess:
             curriculum.count(zero, zero, torch.ones(n), done, good)
             curriculum.begin(done)
             for world in done.nonzero().flatten().tolist():
-                if begun[world] == [True] and len(results[world]) < quota:
-                    results[world].append(bool(good[world]))
-                begun[world] = [True]
+                if begun[world]:
+                    latest[world] = bool(good[world])
+                begun[world] = True
             before = curriculum.manager.stage
             log = curriculum.advance()
-            if all(len(r) == quota for r in results):
-                rate = np.mean(results)
-                assert log["curriculum/success"] == rate
-                expected = before + int(rate >= 0.8) - int(rate < 0.4)
-                assert curriculum.manager.stage == min(max(expected, 0), 4)
-                results, begun = [[] for _ in range(n)], [[False] for _ in range(n)]
-            else:
-                assert curriculum.manager.stage == before
+            expected = before
+            if len(latest) == n:
+                pool += latest.values()
+                latest, begun = {}, [False] * n
+            if len(pool) >= 20:
+                rate = np.mean(pool)
+                assert log["curriculum/success"] == pytest.approx(rate)
+                expected = min(max(before + int(rate >= 0.8) - int(rate < 0.4), 0), 4)
+                pool = []
+            assert curriculum.manager.stage == expected
             assert in_force == stages[curriculum.manager.stage].params()
         assert len(curriculum.manager.history) > 2
+        again, loaded = running(n, min_episodes=20)
+        again.load_state_dict(curriculum.state_dict())
+        assert again.manager.stage > 0 and loaded == in_force
 
     def test_short_falls_weigh_no_more_than_long_successes(self) -> None:
         """One world of ten falls in every step, the others succeed after a hundred: nine in ten."""
@@ -198,8 +204,8 @@ def put_stage(env: HumanoidBaseEnv, stage: int) -> None:
     assert env.curriculum
     manager, n = env.curriculum.manager, env.num_envs
     while manager.stage != stage:
-        env.curriculum._counted.fill_(env.curriculum._quota)
-        env.curriculum._successes.fill_(env.curriculum._quota if manager.stage < stage else 0)
+        env.curriculum._ended.fill_(1)
+        env.curriculum._succeeded.fill_(manager.stage < stage)
         env.advance_curriculum()
     env.reset(options={"reset_mask": torch.ones(n, dtype=torch.bool)})
 

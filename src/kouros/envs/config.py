@@ -70,10 +70,10 @@ class CurriculumConfig:
     """Share of the configured range of friction about the nominal one that is drawn from."""
     advance_at: float = 0.8
     """Share of successful episodes from which on the next stage begins."""
-    retreat_below: float = 0.4
+    retreat_below: float = 0.2
     """Share of successful episodes below which the stage before comes back."""
     min_episodes: int = 100
-    """Episodes judged together, at least; every world contributes the same number."""
+    """Episodes judged together, at least; every world contributes the same number, one or more."""
     success_error: float = 0.3
     """Mean velocity error, m/s, below which an episode without a fall is a success."""
 

@@ -76,7 +76,7 @@ class CurriculumManager:
         self,
         stages: Sequence[CurriculumStage] | None = None,
         advance_at: float = 0.8,
-        retreat_below: float = 0.4,
+        retreat_below: float = 0.2,
         min_episodes: int = 100,
     ) -> None:
         # The same checks, and messages, as of the configuration.
@@ -161,16 +161,17 @@ class RunningCurriculum:
 
     An episode succeeds when it ends by time-out, its mean velocity error is below ``success_error``, it
     has made at least :data:`FOLLOWED` of the way that its commands asked for, and no harness helps any more.
-    Every world counts the same number of episodes, those that begin first after the last judgement: short
-    ones, which are falls, weigh no more than long ones, and none is from another stage. They are
-    counted on the device, in tensors that stay where they are.
+    Worlds are counted in rounds, once each: when every world has ended an episode that began in this round,
+    the latest of each goes to the manager and a new round begins. So short episodes, which are falls, weigh
+    no more than long ones, and none is from another stage. They are counted on the device, in tensors
+    that stay where they are.
 
     Attributes:
       manager: which stage it is.
 
     Args:
       config: the stages, and what they ask.
-      num_envs: number of worlds, which share out ``min_episodes``.
+      num_envs: number of worlds.
       device: of the worlds.
       targets: what brings each figure of a stage into force, in place, as a recorded step needs it; what
         the environment has switched off is missing.
@@ -197,12 +198,11 @@ class RunningCurriculum:
         self.manager = CurriculumManager(
             make_stages(config), config.advance_at, config.retreat_below, config.min_episodes
         )
-        self._quota = -(-config.min_episodes // num_envs)
         self._error = torch.zeros(num_envs, device=device)
         self._way = torch.zeros_like(self._error)
-        # Episodes of each world that have counted; below 0 while one from before is under way.
-        self._counted = torch.zeros(num_envs, dtype=torch.int64, device=device)
-        self._successes = torch.zeros_like(self._counted)
+        # Episodes of each world that have ended in this round; below 0 while one from before is under way.
+        self._ended = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self._succeeded = torch.zeros(num_envs, dtype=torch.bool, device=device)
         self._apply()
 
     def _apply(self) -> None:
@@ -210,14 +210,10 @@ class RunningCurriculum:
             if field in self._targets:
                 self._targets[field](value)
 
-    def _count_anew(self) -> None:
-        self._counted.fill_(-1)
-        self._successes.zero_()
-
     def restart(self) -> None:
         """Back to the first stage; the episodes under way count for nothing."""
         self.manager.restart()
-        self._count_anew()
+        self._ended.fill_(-1)
         self._apply()
 
     def count(
@@ -239,18 +235,18 @@ class RunningCurriculum:
         self._error += (velocity - command)[:, :2].norm(dim=-1)
         self._way += ((velocity - FOLLOWED * command) * command).sum(-1)
         success = good & (self._error < self.config.success_error * length) & (self._way >= 0.0)
-        counts = done & (self._counted >= 0) & (self._counted < self._quota)
-        self._successes += success & counts
-        self._counted += counts
+        counts = done & (self._ended >= 0)
+        self._succeeded.copy_(torch.where(counts, success, self._succeeded))
+        self._ended += counts
 
     def begin(self, mask: torch.Tensor) -> None:
         """Begin new episodes in the worlds of the mask; one that did not end counts for nothing."""
         self._error.masked_fill_(mask, 0.0)
         self._way.masked_fill_(mask, 0.0)
-        self._counted.masked_fill_(mask & (self._counted < 0), 0)
+        self._ended.masked_fill_(mask & (self._ended < 0), 0)
 
     def advance(self) -> dict[str, float]:
-        """Judge, if every world has counted its episodes, and bring a new stage into force.
+        """End the round, if every world has ended an episode, and bring what comes of it into force.
 
         Waits for the device: not for within a step.
 
@@ -258,10 +254,10 @@ class RunningCurriculum:
           For the log: ``curriculum/stage`` (index), ``curriculum/progress`` (0 to 1) and
           ``curriculum/success``, the success rate of the last judgement.
         """
-        fewest, successes = torch.stack((self._counted.min(), self._successes.sum())).tolist()
-        if fewest == self._quota:
-            self._count_anew()
-            if self.manager.update(successes, self._quota * len(self._counted)):
+        fewest, successes = torch.stack((self._ended.min(), self._succeeded.sum())).tolist()
+        if fewest > 0:
+            self._ended.fill_(-1)
+            if self.manager.update(successes, len(self._ended)):
                 self._apply()
         return {
             "curriculum/stage": float(self.manager.stage),
@@ -280,4 +276,4 @@ class RunningCurriculum:
         self._apply()
 
 
-_COUNTS = ("_error", "_way", "_counted", "_successes")
+_COUNTS = ("_error", "_way", "_ended", "_succeeded")
