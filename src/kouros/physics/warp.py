@@ -87,8 +87,7 @@ class WarpSimulation(Simulation):
         rubbing = (model.dof_frictionloss > 0) | dry_friction
         rows = {
             "nconmax": contacts,
-            "njmax": 4 * contacts
-            + int(model.jnt_limited.sum() + ((model.dof_frictionloss > 0) | dry_friction).sum()),
+            "njmax": 4 * contacts + int(model.jnt_limited.sum() + rubbing.sum()),
         }
         with wp.ScopedDevice(str(self.device)):
             self._model = mjw.put_model(self.model)
