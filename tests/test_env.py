@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from conftest import make_env, random_actions
-from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, randomization
+from kouros.envs.config import CurriculumConfig, HumanoidEnvConfig, RandomizationConfig, randomization
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.rewards import REWARDS, reward
@@ -475,15 +475,24 @@ OTHER = {
     "fall_height": 0.7,
     "command_vx": (0.0, 0.1),
     "command_vy": (0.0, 0.1),
-    "command_yaw": (0.0, 0.1),
+    "command_yaw": (-0.1, 0.1),
     "standing_fraction": 0.9,
     "standing_command": 0.8,
+    "heading_fraction": 0.0,
+    "heading_stiffness": 0.1,
     "resampling_interval": 0.3,
     "gait_period": 0.5,
     "swing_fraction": 0.3,
     "swing_height": 0.02,
     "actuator": "explicit",
     "randomization": RandomizationConfig(mass=(0.5, 0.5)),
+    "curriculum": CurriculumConfig(
+        enabled=True,
+        terrain_difficulty=(0.0,) * 5,
+        push_frequency=(0.0,) * 5,
+        mass_variance=(0.0,) * 5,
+        friction_variance=(0.0,) * 5,
+    ),
     "harness": 0.5,
     "harness_fall_time": 0.1,
     "actor_observations": ("command", "joint_pos"),
@@ -525,6 +534,7 @@ WITHOUT_EFFECT = {"robot", "torque_speed", "num_threads", "engine", "graph", "li
 def trace(**changes: object) -> list[torch.Tensor]:
     """What an environment returns in 60 steps of random actions, episodes ending both ways."""
     base: dict[str, Any] = {"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2}
+    base["heading_fraction"] = 0.5
     env = make_env(**{**base, **changes})
     generator = torch.Generator().manual_seed(0)
     steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(60)]

@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "HumanoidEnvConfig": "kouros.envs.config",
+    "CurriculumConfig": "kouros.envs.config",
+    "CurriculumManager": "kouros.envs.curriculum",
+    "CurriculumStage": "kouros.envs.curriculum",
     "HumanoidBaseEnv": "kouros.envs.humanoid",
     "observation": "kouros.envs.observations",
     "reward": "kouros.envs.rewards",
@@ -32,7 +35,10 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from kouros.deploy.export import OnnxExporter as OnnxExporter
+    from kouros.envs.config import CurriculumConfig as CurriculumConfig
     from kouros.envs.config import HumanoidEnvConfig as HumanoidEnvConfig
+    from kouros.envs.curriculum import CurriculumManager as CurriculumManager
+    from kouros.envs.curriculum import CurriculumStage as CurriculumStage
     from kouros.envs.evaluation import evaluate_walk as evaluate_walk
     from kouros.envs.humanoid import HumanoidBaseEnv as HumanoidBaseEnv
     from kouros.envs.observations import observation as observation

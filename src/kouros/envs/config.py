@@ -40,6 +40,58 @@ WALK_POSE_WEIGHTS = {
 }
 
 
+# What a stage of the curriculum sets.
+CURRICULUM_FIELDS = (
+    "terrain_difficulty",
+    "command_speed",
+    "push_frequency",
+    "mass_variance",
+    "friction_variance",
+)
+
+
+@dataclasses.dataclass
+class CurriculumConfig:
+    """Stages that the training goes through. Every table has one entry in [0, 1] for each stage."""
+
+    enabled: bool = False
+    """Train by stages; off: everything at its full strength from the first step on."""
+    names: tuple[str, ...] = ("standing", "slow walking", "walking", "rough walking", "robust walking")
+    """Names of the stages, for the log."""
+    terrain_difficulty: tuple[float, ...] = (0.0, 0.0, 0.0, 0.5, 1.0)
+    """Most difficult terrain: 0 is the easiest there is, 1 the hardest."""
+    command_speed: tuple[float, ...] = (0.0, 0.4, 0.8, 0.9, 1.0)
+    """Factor on the bounds of the velocity commands."""
+    push_frequency: tuple[float, ...] = (0.0, 0.0, 0.0, 0.5, 1.0)
+    """Factor on how often pushes come; 0: never."""
+    mass_variance: tuple[float, ...] = (0.0, 0.0, 0.25, 0.5, 1.0)
+    """Share of the configured range of masses about the nominal ones that is drawn from."""
+    friction_variance: tuple[float, ...] = (0.0, 0.0, 0.25, 0.5, 1.0)
+    """Share of the configured range of friction about the nominal one that is drawn from."""
+    advance_at: float = 0.8
+    """Share of successful episodes from which on the next stage begins."""
+    retreat_below: float = 0.2
+    """Share of successful episodes below which the stage before comes back."""
+    min_episodes: int = 100
+    """Episodes judged together, at least; every world contributes the same number, one or more."""
+    success_error: float = 0.3
+    """Mean velocity error, m/s, below which an episode without a fall is a success."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(self, "names", len(self.names) >= 2, "must name at least two stages")
+        for name in CURRICULUM_FIELDS:
+            values = getattr(self, name)
+            rule = f"must have one entry for each of the {len(self.names)} stages: {', '.join(self.names)}"
+            require(self, name, len(values) == len(self.names), rule)
+            require(self, name, all(0 <= x <= 1 for x in values), "must lie in [0, 1]")
+        require(self, "advance_at", 0 < self.advance_at <= 1, "must lie in (0, 1]")
+        rule = f"must lie in [0, advance_at={self.advance_at:g})"
+        require(self, "retreat_below", 0 <= self.retreat_below < self.advance_at, rule)
+        for name in ("min_episodes", "success_error"):
+            require(self, name, getattr(self, name) > 0, "must be greater than 0")
+
+
 Range = tuple[float, float]
 Distribution = Literal["uniform", "log_uniform", "normal"]
 
@@ -247,6 +299,10 @@ class HumanoidEnvConfig:
     standing_command: float = 0.05
     """Commands no larger than this (their norm, m/s and rad/s together) mean:
     come to a halt within one gait cycle, and stand still."""
+    heading_fraction: float = 0.0
+    """Share of the other commands that ask for a heading, in any direction, instead of a yaw rate."""
+    heading_stiffness: float = 0.5
+    """Yaw rate for each radian that is left to turn to the heading, 1/s, within command_yaw."""
     resampling_interval: float = 5.0
     """Time between new commands, s."""
 
@@ -260,6 +316,8 @@ class HumanoidEnvConfig:
     randomization: RandomizationConfig = dataclasses.field(default_factory=RandomizationConfig)
     """What differs from world to world and from episode to episode, pushes and noise included."""
 
+    curriculum: CurriculumConfig = dataclasses.field(default_factory=CurriculumConfig)
+    """Stages that the training goes through."""
     harness: float = 1.0
     """Strength, 0 to 1, that each world's training harness begins with.
     Springs keep the base upright and up, and weaken by themselves as the robot learns;
@@ -309,7 +367,7 @@ class HumanoidEnvConfig:
         positive = (
             "num_envs timestep frame_skip solver_iterations line_search_iterations action_scale "
             "action_limit max_episode_length resampling_interval gait_period tracking_sigma tracking_time "
-            "harness_fall_time"
+            "harness_fall_time heading_stiffness"
         )
         for name in positive.split():
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
@@ -320,7 +378,11 @@ class HumanoidEnvConfig:
             low, high = getattr(self, name)
             require(self, name, low <= high, "must be (lowest, highest)")
         require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
-        require(self, "standing_fraction", 0 <= self.standing_fraction <= 1, "must lie in [0, 1]")
+        for name in ("standing_fraction", "heading_fraction"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
+        if self.heading_fraction:
+            low, high = self.command_yaw
+            require(self, "command_yaw", low < 0 < high, "must go both ways, for heading_fraction > 0")
         require(self, "swing_fraction", 0 < self.swing_fraction < 1, "must lie between 0 and 1")
         require(self, "timestep", self.timestep <= 0.02, "must be at most 0.02 s: longer steps diverge")
         for name in ("control_mode", "actuator", "collisions", "engine"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kouros.envs.config import CALM, HumanoidEnvConfig
+from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.observations import OBSERVATIONS
 
@@ -96,7 +96,9 @@ def record_policy(
       RuntimeError: nearly every step ends an episode.
     """
     env = HumanoidBaseEnv(
-        dataclasses.replace(config, num_envs=10, resampling_interval=1.0, randomization=CALM)
+        dataclasses.replace(
+            config, num_envs=10, resampling_interval=1.0, randomization=CALM, curriculum=CurriculumConfig()
+        )
     )
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []

@@ -25,9 +25,11 @@ FIXED = (
     "command_vx",
     "command_vy",
     "command_yaw",
+    "heading_fraction",
     "resampling_interval",
     "fall_tilt",
     "fall_height",
+    "curriculum",
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -13,7 +15,9 @@ from gymnasium.vector.utils import batch_space
 
 from kouros.checks import check_choice, require
 from kouros.envs.actuators import Actuators
+from kouros.envs.commands import VelocityCommands
 from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.curriculum import RunningCurriculum
 from kouros.envs.observations import OBSERVATIONS, reflection
 from kouros.envs.randomization import DomainRandomizer
 from kouros.envs.rewards import REWARDS
@@ -64,17 +68,18 @@ class HumanoidBaseEnv(VectorEnv):
 
     Attributes:
       config, robot, simulation, articulation: what the environment is made of.
-      command: ``(num_envs, 3)`` vx, vy (m/s, base frame) and yaw rate (rad/s).
+      command, ordered, heading, turning, command_speed: what is asked of the worlds, see
+        :class:`kouros.envs.commands.VelocityCommands`.
       velocity, mean_velocity: ``(num_envs, 3)``, what follows the command: vx, vy and yaw rate, now and
         averaged over ``tracking_time``.
-      ordered: ``(num_envs,)`` bool, whether the command is more than ``standing_command``.
-      coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after a reset or the last such
-        command.
+      coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after a reset or the last
+        ordered command.
       moving: ``(num_envs,)`` bool, whether the gait clock counts: ordered, or coasting to a halt.
       phase: ``(num_envs,)`` in [0, 1), the left foot's place in the gait cycle; the right foot is half
         a cycle apart. A foot swings in the first ``swing_fraction`` of its cycle.
       swing, swing_height: ``(num_envs, 2)``, whether each foot should have been in the air at the end of
         the last step, and how high (m).
+      curriculum: the stages of the training, None if switched off.
       harness: ``(num_envs,)`` in [0, 1], how much each world's training harness still holds.
       until_push: ``(num_envs,)`` time until the next push, s (with ``push_velocity``).
       randomization: what was drawn for each world; the observations below are true, the policy's are not.
@@ -132,6 +137,10 @@ class HumanoidBaseEnv(VectorEnv):
         parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(actor)}
         self.actuators = Actuators(self.articulation, config)
         self.randomization = DomainRandomizer(config, self.actuators, parts, self._generator)
+        self.curriculum: RunningCurriculum | None = None
+        if config.curriculum.enabled:
+            targets = self._curriculum_targets()
+            self.curriculum = RunningCurriculum(config.curriculum, self.num_envs, self.device, targets)
         sizes += [OBSERVATIONS[name].compute(self).shape[1] for name in critic]
         kinds = [OBSERVATIONS[name].mirror for name in actor + critic]
         rules = {"randomization": self.randomization.mirror}
@@ -181,8 +190,11 @@ class HumanoidBaseEnv(VectorEnv):
 
         self.default_joint_pos = constant(robot.default_joint_pos)
         self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
-        self.command, self.velocity, self.mean_velocity = (zeros(3) for _ in range(3))
-        self.ordered = zeros(dtype=torch.bool)
+        self.commands = VelocityCommands(config, self._generator)
+        self.command, self.ordered = self.commands.command, self.commands.ordered
+        self.heading, self.turning = self.commands.heading, self.commands.turning
+        self.command_speed = self.commands.speed
+        self.velocity, self.mean_velocity = zeros(3), zeros(3)
         self.phase, self.coast = zeros(), zeros()
         self.action, self.previous_action, self.action_before = (zeros(robot.num_joints) for _ in range(3))
         self.episode_length = zeros(dtype=torch.int64)
@@ -192,8 +204,6 @@ class HumanoidBaseEnv(VectorEnv):
         self._harness_wrench = sim.field("xfrc_applied")[:, model.body(robot.base_body).id, 2:5]
 
         self.resampling_steps = max(1, round(config.resampling_interval / config.control_dt))
-        ranges = constant([config.command_vx, config.command_vy, config.command_yaw])
-        self._command_low, self._command_range = ranges[:, 0], ranges[:, 1] - ranges[:, 0]
         # A reset draws every component of the state evenly between two bounds.
         low, high = np.zeros(model.nq + model.nv), np.zeros(model.nq + model.nv)
         low[2] = high[2] = robot.base_height
@@ -234,8 +244,8 @@ class HumanoidBaseEnv(VectorEnv):
         """Start episodes anew, in all worlds or where ``options["reset_mask"]`` is true.
 
         Args:
-          seed: restarts the random generator, and the harness: the same seed gives the same episodes.
-            Until the first seed the generator starts anywhere.
+          seed: restarts the random generator, the harness and the curriculum: the same seed gives the
+            same episodes. Until the first seed the generator starts anywhere.
           options: ``{"reset_mask": bool (num_envs,)}`` or None.
 
         Raises:
@@ -255,9 +265,11 @@ class HumanoidBaseEnv(VectorEnv):
                 )
         if seed is not None:
             self.harness.masked_fill_(mask, self.config.harness)
+            if self.curriculum:
+                self.curriculum.restart()
         self._begin_episodes(mask)
-        self._resample_commands(mask)
         self._refresh()
+        self.commands.resample(mask, self.base_quat_w)
         obs, critic_obs = self._observations(mask)
         return obs, self._info(critic_obs)
 
@@ -331,6 +343,10 @@ class HumanoidBaseEnv(VectorEnv):
         done = terminations | truncations
         rewards, metrics = self._rewards()
         self._episode_return += rewards
+        if self.curriculum:
+            good = truncations & (self.harness == 0.0)
+            self.curriculum.count(self.velocity, self.command, self.episode_length, done, good)
+        self.commands.follow_heading(self.base_quat_w)
         length = self.episode_length * done
         final_obs, final_critic_obs = obs, critic_obs = self._observations()
         info = {
@@ -354,8 +370,8 @@ class HumanoidBaseEnv(VectorEnv):
         if sim.may_have(done):
             self._begin_episodes(done)
         if sim.may_have(changed):
-            self._resample_commands(new_command)
             self._refresh()
+            self.commands.resample(new_command, self.base_quat_w)
             obs, critic_obs = self._observations(done)
             final_obs = torch.where(done.unsqueeze(-1), final_obs, obs)
             final_critic_obs = torch.where(done.unsqueeze(-1), final_critic_obs, critic_obs)
@@ -433,12 +449,6 @@ class HumanoidBaseEnv(VectorEnv):
         """Uniform numbers in [0, 1), ``(num_envs, columns)``: every world draws, masked or not."""
         return torch.rand(self.num_envs, columns, generator=self._generator, device=self.device)
 
-    def _resample_commands(self, mask: torch.Tensor) -> None:
-        draw = self._uniform(4)
-        command = torch.addcmul(self._command_low, self._command_range, draw[:, :3])
-        command *= draw[:, 3:] >= self.config.standing_fraction
-        self.set_command(torch.where(mask.unsqueeze(-1), command, self.command))
-
     def set_command(self, command: torch.Tensor) -> None:
         """Command every world from outside, until the next resampling.
 
@@ -446,9 +456,7 @@ class HumanoidBaseEnv(VectorEnv):
           command: vx, vy (m/s, base frame) and yaw rate (rad/s), ``(num_envs, 3)`` or what
             broadcasts to it. Observe anew afterwards.
         """
-        self.command.copy_(command)
-        threshold = self.config.standing_command**2
-        torch.gt(self.command.square().sum(-1), threshold, out=self.ordered)
+        self.commands.set(command)
 
     def _push(self, mask: torch.Tensor) -> None:
         """Add ``push_velocity`` to the base's velocity, horizontally in a random direction."""
@@ -485,6 +493,26 @@ class HumanoidBaseEnv(VectorEnv):
         self.coast.masked_fill_(mask, 1.0)
         self.episode_length.masked_fill_(mask, 0)
         self._episode_return.masked_fill_(mask, 0.0)
+        if self.curriculum:
+            self.curriculum.begin(mask)
+
+    def _curriculum_targets(self) -> dict[str, Callable[[float], object]]:
+        """What brings each figure of a stage into force; what is switched off is missing."""
+        randomization = self.randomization
+        targets: dict[str, Callable[[float], object]] = {"command_speed": self.command_speed.fill_}
+        for name in ("mass", "friction"):
+            if name in randomization.names:
+                targets[f"{name}_variance"] = functools.partial(randomization.set_scale, name)
+        if self.config.randomization.push_velocity[1]:
+            targets["push_frequency"] = functools.partial(randomization.set_scale, "push_frequency")
+        return targets
+
+    def advance_curriculum(self) -> dict[str, float]:
+        """Judge the training, see :meth:`RunningCurriculum.advance`; nothing without a curriculum.
+
+        To be called between steps, as :class:`PPOAgent` does for each row of its log.
+        """
+        return self.curriculum.advance() if self.curriculum else {}
 
     def _randomize(self, mask: torch.Tensor) -> None:
         delay = None
@@ -517,20 +545,26 @@ class HumanoidBaseEnv(VectorEnv):
             "randomization": self.randomization.state_dict(),
             "actuators": self.actuators.state_dict(),
             **{name: getattr(self, name).clone() for name in _STATE},
+            **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, bit for bit.
 
         Raises:
-          ValueError: the state is of another number of worlds or another model.
+          ValueError: the state is of another number of worlds or another model, or one of both has no
+            curriculum.
         """
+        if ("curriculum" in state) != (self.curriculum is not None):
+            raise ValueError("curriculum: switched on in the state or in this environment, not in both")
         self.simulation.load_state_dict(state["simulation"])
         self._generator.set_state(state["generator"].cpu())
         self.randomization.load_state_dict(state["randomization"])
         self.actuators.load_state_dict(state["actuators"])
         for name in _STATE:
             getattr(self, name).copy_(state[name])
+        if self.curriculum:
+            self.curriculum.load_state_dict(state["curriculum"])
         self._refresh()
 
 
@@ -538,6 +572,9 @@ _STATE = (
     "command",
     "mean_velocity",
     "ordered",
+    "heading",
+    "turning",
+    "command_speed",
     "phase",
     "coast",
     "action",

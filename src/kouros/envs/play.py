@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from kouros.envs.config import CALM, HumanoidEnvConfig
+from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.scene import VIEW, Camera, has_display
 from kouros.files import replacing
@@ -125,6 +125,7 @@ class _Single:
             max_episode_length=10**9,
             resampling_interval=1e6,
             randomization=CALM,
+            curriculum=CurriculumConfig(),
         )
         self.env = HumanoidBaseEnv(config)
         self._policy = policy

@@ -513,9 +513,13 @@ class PPOAgent:
             marks.append(mark(self.device))
             self.iteration += 1
             since = self._since_log["steps"] // self.config.horizon
-            if done % log_interval and done < iterations:
+            due = self.iteration % log_interval == 0
+            if not due and done < iterations:
                 continue
             log = self._read_log()
+            # At iterations that depend on nothing else: a resumed run moves where the whole one did.
+            if due and hasattr(self.env, "advance_curriculum"):
+                log |= self.env.advance_curriculum()
             now = time.perf_counter()
             log["time/iteration"] = (now - start) / since
             log["time/steps_per_second"] = since * self.samples / (now - start)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros.devices import has_gpu, pick_device
-from kouros.envs.config import CALM, HumanoidEnvConfig
+from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.files import replacing, write_json
@@ -85,6 +85,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
     saved, overflown = -1, 0.0
+    told = len(env.curriculum.manager.history) if env.curriculum else 0
 
     def save() -> None:
         nonlocal saved
@@ -100,7 +101,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration) as logger, display:
 
         def after_iteration(log: dict[str, float]) -> bool:
-            nonlocal overflown
+            nonlocal overflown, told
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
             log |= {
                 "iteration": agent.iteration,
@@ -109,6 +110,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             }
             logger.write(log)
             display.show(log)
+            for move in env.curriculum.manager.history[told:] if env.curriculum else ():
+                told += 1
+                console.print(
+                    f"curriculum: {move['from']} -> {move['to']} after {move['episodes']} episodes, "
+                    f"{100 * move['success_rate']:.0f} % successful"
+                )
             if log.get("task/overflown_worlds", 0.0) > overflown:
                 overflown = log["task/overflown_worlds"]
                 console.print(
@@ -393,7 +400,8 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
     """
     content = checkpoint.load(find_policy(path))
     env_config = from_plain(HumanoidEnvConfig, {**content.get("env", {}), "engine": "auto"})
-    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=1, randomization=CALM))
+    alone = {"num_envs": 1, "randomization": CALM, "curriculum": CurriculumConfig()}
+    env = HumanoidBaseEnv(dataclasses.replace(env_config, **alone))
     check_contract(content.get("contract"), env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])
     weights = content["actor"]
