@@ -11,7 +11,7 @@ import mujoco
 import torch
 
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.wrappers import Env, make_policy_env
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, yaw_of
 
 # A foot is in the air after this long without contact: shorter gaps are chatter, not steps.
@@ -97,6 +97,7 @@ def evaluate_walk(
     push_velocity: float = 0.0,
     ground_friction: tuple[float, float] = (1.0, 1.0),
     progress: Callable[[int, int], None] | None = None,
+    statistics: dict[str, list[float]] | None = None,
 ) -> WalkResult:
     """Run seeded episodes side by side and measure the gait.
 
@@ -114,6 +115,7 @@ def evaluate_walk(
       push_velocity: of pushes every 1 to 3 s, m/s; what follows a push within 1 s is not standing.
       ground_friction: coefficients, one drawn per episode.
       progress: called with (steps done, steps in all).
+      statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
     """
     task = HumanoidEnvConfig()
     steps = math.ceil(seconds / config.control_dt)
@@ -128,7 +130,7 @@ def evaluate_walk(
         ground_friction=ground_friction,
         **{name: getattr(task, name) for name in FIXED},
     )
-    env = HumanoidBaseEnv(config)
+    env = make_policy_env(config, statistics)
     sim, robot = env.simulation, env.robot
     dt = config.control_dt
     force = sim.field("actuator_force")[:, env.articulation.joint_ctrl]
@@ -233,7 +235,7 @@ class _Steps:
 class _Soles:
     """The lowest point of each foot: the ends of the capsules of its sole."""
 
-    def __init__(self, env: HumanoidBaseEnv) -> None:
+    def __init__(self, env: Env) -> None:
         model, sim = env.simulation.model, env.simulation
         self._feet = []
         for body in env.robot.foot_bodies:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from kouros.devices import require_cuda
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.scene import CONTACTS
+from kouros.envs.wrappers import make_env
 from kouros.graphs import Recorded
 from kouros.learning.config import PPOConfig
 from kouros.learning.ppo import PPOAgent, mark, seconds_between
@@ -43,7 +43,7 @@ class Bench:
             require_cuda(device)
         free = _free_memory()
         start = time.perf_counter()
-        self.env = env = HumanoidBaseEnv(config, device)
+        self.env = env = make_env(config, device)
         self.build_seconds = time.perf_counter() - start
         self.horizon = (ppo or PPOConfig()).horizon
         generator = torch.Generator(env.device).manual_seed(0)
