@@ -98,7 +98,7 @@ class SitePositions(nn.Module):
     def forward(self, joint_pos: torch.Tensor) -> torch.Tensor:
         angle = joint_pos[:, self.joint].unflatten(1, self.pos.shape[:2])[..., None, None]
         turn = self.fixed + torch.cos(angle) * self.cos + torch.sin(angle) * self.sin
-        point = self.offset
+        point: torch.Tensor = self.offset
         for i in reversed(range(self.pos.shape[1])):
             # Not a matrix product: on a GPU that would be ten bits of mantissa.
             point = self.pos[:, i] + (turn[:, :, i] * point.unsqueeze(-2)).sum(-1)
