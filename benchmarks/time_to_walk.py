@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kouros.devices import pick_device
+from kouros.envs.config import RandomizationConfig
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.files import write_json
-from kouros.learning.config import DEFAULT_STEPS, train_defaults
+from kouros.learning.config import DEFAULT_STEPS, PPOConfig, train_defaults
 from kouros.learning.run import load_policy, read_metrics, train
 
 
@@ -36,10 +37,10 @@ class Config:
     """Control steps before the first test."""
     every: float = 0.25e6
     """Control steps between tests, until one is passed."""
-    push: float = 0.0
-    """Speed of pushes every 1 to 3 s, m/s, in training and in the test."""
-    friction: tuple[float, float] = (1.0, 1.0)
-    """Friction coefficients of the ground, in training and in the test."""
+    randomization: RandomizationConfig = dataclasses.field(default_factory=RandomizationConfig)
+    """What differs from episode to episode, in training and in the test."""
+    ppo: PPOConfig | None = None
+    """The learner; the device's default if not given."""
     runs: Path = Path("runs/time_to_walk")
     """Folder of the runs."""
     output: Path | None = None
@@ -59,7 +60,8 @@ def trained(seed: int, config: Config) -> Path:
     run.save_interval = max(1, int(config.every / (run.env.num_envs * run.ppo.horizon)))
     if (folder / "checkpoint.pt").exists():
         return train(dataclasses.replace(run, resume=folder))
-    run.env.push_velocity, run.env.ground_friction = config.push, config.friction
+    run.env.randomization = config.randomization
+    run.ppo = config.ppo or run.ppo
     return train(dataclasses.replace(run, run=folder, seed=seed))
 
 
@@ -75,7 +77,7 @@ def tested(folder: Path, config: Config) -> list[dict]:
         if row is None or not (last or (row["steps"] * 1e6 >= config.first and not passed)):
             continue
         actor, env, _ = load_policy(path)
-        result = evaluate_walk(actor.act, env, push_velocity=config.push, ground_friction=config.friction)
+        result = evaluate_walk(actor.act, env, randomization=config.randomization)
         progress = {"steps": row["steps"] * 1e6, "minutes": row["minutes"]}
         tests.append({**progress, **dataclasses.asdict(result), "failures": result.failures()})
         Console().print(str(path), tests[-1])

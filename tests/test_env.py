@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from conftest import make_env, random_actions
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.rewards import REWARDS, reward
@@ -474,11 +474,9 @@ OTHER = {
     "gait_period": 0.5,
     "swing_fraction": 0.3,
     "swing_height": 0.02,
-    "initial_joint_noise": 0.0,
-    "initial_velocity": 0.0,
-    "push_velocity": 1.0,
-    "push_interval": (0.1, 0.2),
-    "ground_friction": (0.1, 0.3),
+    "actuator": "explicit",
+    "torque_speed": True,
+    "randomization": RandomizationConfig(mass=(0.5, 0.5)),
     "harness": 0.5,
     "harness_fall_time": 0.1,
     "actor_observations": ("command", "joint_pos"),
@@ -493,7 +491,8 @@ OTHER = {
 
 
 def test_a_push_adds_its_speed_and_comes_on_time() -> None:
-    env = make_env(32, push_velocity=0.7, push_interval=(0.1, 0.3), harness=0.0)
+    pushes = RandomizationConfig(push_velocity=(0.7, 0.7), push_interval=(0.1, 0.3))
+    env = make_env(32, randomization=pushes, harness=0.0)
     twin = make_env(32, harness=0.0)
     waits: list[float] = []
     for _ in range(30):
@@ -511,28 +510,6 @@ def test_a_push_adds_its_speed_and_comes_on_time() -> None:
     assert len(waits) > 32 and 0.1 <= min(waits) < 0.12 and 0.28 < max(waits) <= 0.3
 
 
-def test_ground_friction_is_drawn_per_episode_and_holds_the_feet() -> None:
-    """A limp robot dragged sideways by less than mu m g stays, by more slides."""
-    env = make_env(64, ground_friction=(0.3, 1.2), harness=0.0)
-    friction = env._ground_friction
-    assert friction is not None
-    assert friction.min() >= 0.3 and friction.max() <= 1.2 and friction.std() > 0.15
-    before = friction.clone()
-    mask = torch.arange(64) < 10
-    env.reset(options={"reset_mask": mask})
-    assert torch.equal(friction[~mask], before[~mask]) and (friction[mask] != before[mask]).all()
-
-    env = make_env(2, ground_friction=(0.3, 1.2), initial_joint_noise=0.0, initial_velocity=0.0, harness=0.0)
-    assert env._ground_friction is not None
-    env._ground_friction[:] = torch.tensor([0.2, 1.2])
-    env.simulation.field("xfrc_applied")[:, 1, 1] = 0.5 * env.weight  # sideways: 0.5 lies in between
-    start = env.foot_pos_w[:, :, 1].clone()
-    for _ in range(12):
-        env.step(torch.zeros(2, 29))
-    slid = (env.foot_pos_w[:, :, 1] - start).mean(-1)
-    assert slid[0] > 3.0 * slid[1].abs()
-
-
 # One robot so far; MuJoCo C is bit-equal at any number of threads (test_physics), the engines agree
 # (test_warp), a graph is of a GPU; and the first point of a line search is good enough for a robot that
 # does not break.
@@ -542,7 +519,7 @@ WITHOUT_EFFECT = {"robot", "num_threads", "engine", "graph", "line_search_iterat
 def trace(**changes: object) -> list[torch.Tensor]:
     """What an environment returns in 60 steps of random actions, episodes ending both ways."""
     base: dict[str, Any] = {"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2}
-    env = make_env(**{**base, "push_velocity": 0.5, "push_interval": (0.3, 0.6), **changes})
+    env = make_env(**{**base, **changes})
     generator = torch.Generator().manual_seed(0)
     steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(60)]
     returned = [torch.stack([s[i] for s in steps]).float() for i in range(4)]

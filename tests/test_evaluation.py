@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import make_env
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig
 from kouros.envs.evaluation import WalkResult, _Soles, _Steps, evaluate_walk, wilson_interval
 
 
@@ -27,7 +27,7 @@ def test_wilson_interval_equals_scipys(n: int, data) -> None:
 
 def test_clearance_is_the_lowest_point_of_the_soles() -> None:
     """Against points all over each capsule, in random poses."""
-    env = make_env(8, initial_joint_noise=1.0)
+    env = make_env(8, randomization=RandomizationConfig(initial_joint_pos=(-1.0, 1.0)))
     env.simulation.qpos[:, 3:7] = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1)
     soles = _Soles(env)
     env.simulation.forward()
@@ -82,8 +82,7 @@ def test_no_policy_softens_its_own_test() -> None:
         LIMP,
         fall_height=0.0,
         fall_tilt=math.pi,
-        initial_velocity=0.0,
-        initial_joint_noise=0.0,
+        randomization=RandomizationConfig(initial_velocity=(0.0, 0.0), friction=(2.0, 2.0)),
         command_vx=(0.0, 0.0),
         standing_fraction=1.0,
         max_episode_length=3,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import HumanoidEnvConfig, randomization
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.rewards import REWARDS
 from kouros.envs.wrappers import make_env
@@ -23,9 +23,7 @@ CONFIG = HumanoidEnvConfig(
     num_envs=64,
     max_episode_length=15,
     resampling_interval=0.1,
-    push_velocity=0.5,
-    push_interval=(0.05, 0.2),
-    ground_friction=(0.3, 1.2),
+    randomization=dataclasses.replace(randomization("sim2real"), push_interval=(0.05, 0.2)),
 )
 PPO = PPOConfig(horizon=8, epochs=2, minibatches=2)
 

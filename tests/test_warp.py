@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import mujoco
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kouros import graphs
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, randomization
 from kouros.envs.humanoid import _STATE, HumanoidBaseEnv
 from kouros.envs.scene import make_model
 from kouros.learning.config import PPOConfig
@@ -210,9 +211,14 @@ class NoHost(TorchDispatchMode):
 
 EVERYTHING: dict[str, Any] = {
     "num_envs": 4,
-    "push_velocity": 0.5,
-    "push_interval": (0.02, 0.06),
-    "ground_friction": (0.3, 1.2),
+    "actuator": "explicit",
+    "torque_speed": True,
+    "randomization": dataclasses.replace(
+        randomization("sim2real"),
+        push_interval=(0.02, 0.06),
+        friction_loss=(0.0, 0.3),
+        sensor_delay=(0.0, 0.03),
+    ),
 }
 
 
@@ -268,7 +274,7 @@ def test_both_engines_make_the_same_task() -> None:
                 engine=engine,
                 solver_iterations=100,
                 harness=0.5,
-                ground_friction=(0.3, 1.2),
+                randomization=RandomizationConfig(friction=(0.3, 1.2), mass=(0.8, 1.2), gravity=(-0.5, 0.5)),
             )
         )
         env.reset(seed=0)

@@ -9,15 +9,20 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
 from kouros import __version__
 from kouros.checks import require
 from kouros.devices import pick_device
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig
 from kouros.learning.config import PPOConfig, TrainConfig, train_defaults
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kouros.envs.evaluation import WalkResult
 
 
 @dataclasses.dataclass
@@ -34,19 +39,19 @@ class Eval:
     """Seed of initial states and commands."""
     collisions: Literal["feet", "full"] = "feet"
     """feet: as in training. full: every shape of the robot, with the ground and with itself."""
-    push: float = 0.0
-    """Speed that a push adds to the base, every 1 to 3 s in a random direction, m/s."""
-    friction: tuple[float, float] = (1.0, 1.0)
-    """Friction coefficients of the ground, one drawn per episode."""
+    suite: Literal["walk", "robust"] = "walk"
+    """walk: the walking test. robust: the same under ten conditions, heavier to pushed, one at a time and all
+    together."""
+    randomization: RandomizationConfig = dataclasses.field(default_factory=RandomizationConfig)
+    """What differs from episode to episode, in the suite walk."""
     output: Path | None = None
     """JSON file; eval.json beside the policy if not given (in this folder for a shipped one)."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "seconds"):
             require(self, name, 0 < getattr(self, name) < math.inf, "must be greater than 0, and finite")
-        require(self, "push", 0 <= self.push < math.inf, "must not be negative")
-        low, high = self.friction
-        require(self, "friction", 0 < low <= high < math.inf, "must be (lowest, highest), greater than 0")
+        alone = self.suite == "walk" or self.randomization == RandomizationConfig()
+        require(self, "suite", alone, "has conditions of its own; leave --randomization out")
 
 
 @dataclasses.dataclass
@@ -117,33 +122,57 @@ def train(config: TrainConfig) -> None:
 def evaluate(config: Eval) -> None:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
-    from kouros.envs.evaluation import WalkResult, evaluate_walk
+    from kouros.envs.evaluation import ROBUST, evaluate_walk
     from kouros.files import write_json
     from kouros.learning.run import load_policy
 
     actor, env_config, contract = load_policy(config.policy)
     output = config.output or _beside(config.policy, "eval.json")
+    conditions = {"": config.randomization}
+    if config.suite == "robust":
+        conditions = {name: RandomizationConfig(**terms) for name, terms in ROBUST.items()}
+    results: dict[str, WalkResult] = {}
     with Progress(transient=True) as progress:
         task = progress.add_task(f"{config.episodes} episodes of {config.seconds:g} s")
-        result = evaluate_walk(
-            actor.act,
-            env_config,
-            config.episodes,
-            config.seconds,
-            config.seed,
-            config.collisions,
-            config.push,
-            config.friction,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            contract.get("statistics"),
-        )
-    test = {name: getattr(config, name) for name in ("policy", "seed", "collisions", "push", "friction")}
-    write_json(output, {**test, **dataclasses.asdict(result), "failures": result.failures()})
+        for i, (name, randomization) in enumerate(conditions.items()):
+
+            def report(done: int, total: int, before: int = i) -> None:
+                progress.update(task, completed=before * total + done, total=len(conditions) * total)
+
+            results[name] = evaluate_walk(
+                actor.act,
+                env_config,
+                config.episodes,
+                config.seconds,
+                config.seed,
+                config.collisions,
+                randomization,
+                report,
+                contract.get("statistics"),
+            )
+    test = {name: getattr(config, name) for name in ("policy", "seed", "collisions", "suite")}
+    plain = {
+        name: {
+            **dataclasses.asdict(result),
+            "failures": result.failures(),
+            "randomization": dataclasses.asdict(conditions[name]),
+        }
+        for name, result in results.items()
+    }
+    write_json(output, {**test, **(plain[""] if config.suite == "walk" else {"conditions": plain})})
+    console = Console()
+    console.print(
+        _walk_table(results[""], config) if config.suite == "walk" else _suite_table(results, config)
+    )
+    console.print(f"saved in {output}")
+
+
+def _walk_table(result: WalkResult, config: Eval) -> Table:
+    from rich.table import Table
 
     table = Table("figure", "measured", "walking means", "", title=str(config.policy))
-    for name, (what, unit, low, high) in WalkResult.BAR.items():
+    for name, (what, unit, low, high) in result.BAR.items():
         value = getattr(result, name)
         bar = "" if math.isinf(high) and low == 0 else f"{low:g} to {high:g}"
         if math.isinf(high) and low:
@@ -153,9 +182,20 @@ def evaluate(config: Eval) -> None:
         if name == "survival":
             text += f" ({result.survival_low:.3f} to {result.survival_high:.3f})"
         table.add_row(what, text, bar, mark)
-    console = Console()
-    console.print(table)
-    console.print(f"saved in {output}")
+    return table
+
+
+def _suite_table(results: dict[str, WalkResult], config: Eval) -> Table:
+    from rich.table import Table
+
+    table = Table("condition", title=f"{config.policy}, {config.episodes} episodes each")
+    for title in ("without a fall", "95 % interval", "velocity error (m/s)", "yaw rate error (rad/s)"):
+        table.add_column(title, justify="right")
+    for name, r in results.items():
+        interval = f"{100 * r.survival_low:.1f} to {100 * r.survival_high:.1f}"
+        figures = (f"{r.velocity_error:.3f}", f"{r.yaw_rate_error:.3f}")
+        table.add_row(name, f"{100 * r.survival:.1f} %", interval, *figures)
+    return table
 
 
 def play(config: Play) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any, Literal, get_args, get_type_hints
@@ -61,6 +62,153 @@ def parse_wrapper(entry: str) -> tuple[str, str]:
     return name, argument
 
 
+Range = tuple[float, float]
+Distribution = Literal["uniform", "log_uniform", "normal"]
+
+
+@dataclasses.dataclass
+class RandomizationConfig:
+    """What differs from world to world and from episode to episode.
+
+    A range is (lowest, highest); (nominal, nominal) leaves the term out. Factors are nominal at 1, all
+    else at 0. Every draw is about the robot as it was built: nothing compounds. Initial states and pushes
+    are drawn anew each time; the rest comes from a population of robots, drawn at the seed, of which
+    every episode gets one at random.
+    """
+
+    mass: Range = (1.0, 1.0)
+    """Factor on mass and inertia, one for each body."""
+    center_of_mass: Range = (0.0, 0.0)
+    """Offset of the torso's centre of mass along each axis, m."""
+    friction: Range = (1.0, 1.0)
+    """Friction coefficient of the ground."""
+    joint_damping: Range = (0.0, 0.0)
+    """Viscous friction of each joint besides the servo's damping, N m s/rad."""
+    armature: Range = (1.0, 1.0)
+    """Factor on the rotor inertia of each joint."""
+    friction_loss: Range = (0.0, 0.0)
+    """Dry friction of each joint, N m."""
+    motor_strength: Range = (1.0, 1.0)
+    """Factor on the torque of each motor and on its limit."""
+    stiffness: Range = (1.0, 1.0)
+    """Factor on the position gain of each servo."""
+    damping: Range = (1.0, 1.0)
+    """Factor on the velocity gain of each servo."""
+    gravity: Range = (0.0, 0.0)
+    """Added to gravity along each axis, m/s^2; 0.5 across is a floor that slopes by 3 degrees."""
+    encoder_bias: Range = (0.0, 0.0)
+    """What each joint's encoder reads too much, rad: the servo and the policy go by it."""
+    action_delay: Range = (0.0, 0.0)
+    """Time from a policy's action to its servos, s, in whole physics steps."""
+    sensor_delay: Range = (0.0, 0.0)
+    """Age of what the policy is told of its sensors, s; between two control steps, the mean of both."""
+    action_noise: float = 0.0
+    """Standard deviation of what is added to each action on its way, in units of action."""
+    observation_noise: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Standard deviation of what is added to the policy's observations, by term, in the term's units."""
+    push_velocity: Range = (0.0, 0.0)
+    """Speed that a push adds to the base at once, horizontally in a random direction, m/s."""
+    push_interval: Range = (1.0, 3.0)
+    """Shortest and longest time between pushes, s."""
+    initial_joint_pos: Range = (-0.1, 0.1)
+    """Joint positions about the default pose at reset, rad."""
+    initial_velocity: Range = (-0.5, 0.5)
+    """Base velocity at reset, m/s in x and y and rad/s in yaw."""
+    distributions: dict[str, Distribution] = dataclasses.field(default_factory=dict)
+    """How a term is drawn, by its name: uniform (the default), log_uniform, or normal, whose mean is the
+    middle of the range and whose 2 standard deviations reach the ends, where it is cut off."""
+    population: int = 1024
+    """Number of robots that are drawn."""
+
+    FACTORS = ("mass", "friction", "armature", "motor_strength", "stiffness", "damping")
+    OFFSETS = (
+        "center_of_mass",
+        "joint_damping",
+        "friction_loss",
+        "gravity",
+        "encoder_bias",
+        "action_delay",
+        "sensor_delay",
+    )
+
+    def enabled(self) -> list[str]:
+        """Terms of the population that are not left out, in the order of the fields."""
+        nominal = dict.fromkeys(self.FACTORS, 1.0) | dict.fromkeys(self.OFFSETS, 0.0)
+        names = [f.name for f in dataclasses.fields(self) if f.name in nominal]
+        return [name for name in names if tuple(getattr(self, name)) != (nominal[name],) * 2]
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        drawn = (*self.FACTORS, *self.OFFSETS)
+        for name in (*drawn, "push_velocity", "push_interval", "initial_joint_pos", "initial_velocity"):
+            low, high = getattr(self, name)
+            require(self, name, low <= high, "must be (lowest, highest)")
+        for name in (*self.FACTORS, "push_interval"):
+            require(self, name, getattr(self, name)[0] > 0, "must be greater than 0")
+        for name in ("joint_damping", "friction_loss", "action_delay", "sensor_delay", "push_velocity"):
+            require(self, name, getattr(self, name)[0] >= 0, "must not be negative")
+        for name in ("action_delay", "sensor_delay"):
+            require(self, name, getattr(self, name)[1] <= MAX_DELAY, f"must be at most {MAX_DELAY:g} s")
+        limit = math.pi
+        for name in ("initial_joint_pos", "encoder_bias"):
+            low, high = getattr(self, name)
+            require(self, name, -limit <= low and high <= limit, "must lie in [-pi, pi] rad")
+        require(self, "action_noise", self.action_noise >= 0, "must not be negative")
+        require(self, "population", self.population > 0, "must be greater than 0")
+        noise = self.observation_noise
+        require(self, "observation_noise", all(std >= 0 for std in noise.values()), "must not be negative")
+        for name, kind in self.distributions.items():
+            check_choice("distributions", name, drawn)
+            check_choice(f"distributions[{name}]", kind, get_args(Distribution))
+            low, _ = getattr(self, name)
+            require(self, name, kind != "log_uniform" or low > 0, "log_uniform needs a lowest value above 0")
+            require(self, "distributions", name in self.enabled(), f"{name} is left out: give it a range")
+
+
+# The longest delay that is remembered, s.
+MAX_DELAY = 0.1
+
+NOISE = {"base_ang_vel": 0.2, "projected_gravity": 0.03, "joint_pos": 0.01, "joint_vel": 0.75}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "light": {
+        "mass": (0.95, 1.05),
+        "friction": (0.5, 1.2),
+        "motor_strength": (0.95, 1.05),
+        "observation_noise": {name: std / 2 for name, std in NOISE.items()},
+        "push_velocity": (0.0, 0.3),
+    },
+    "sim2real": {
+        "mass": (0.8, 1.2),
+        "center_of_mass": (-0.03, 0.03),
+        "friction": (0.3, 1.2),
+        "joint_damping": (0.0, 0.2),
+        "armature": (0.8, 1.2),
+        "motor_strength": (0.8, 1.1),
+        "stiffness": (0.85, 1.15),
+        "damping": (0.85, 1.15),
+        "gravity": (-0.3, 0.3),
+        "encoder_bias": (-0.03, 0.03),
+        "action_delay": (0.0, 0.02),
+        "sensor_delay": (0.0, 0.01),
+        "action_noise": 0.02,
+        "observation_noise": NOISE,
+        "push_velocity": (0.0, 1.0),
+    },
+}
+
+
+def randomization(preset: str) -> RandomizationConfig:
+    """A preset by name: none, light or sim2real.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    check_choice("randomization", preset, PRESETS)
+    return RandomizationConfig(**copy.deepcopy(PRESETS[preset]))
+
+
 @dataclasses.dataclass
 class HumanoidEnvConfig:
     """A humanoid that follows velocity commands. The defaults are the task ``walk``."""
@@ -90,6 +238,11 @@ class HumanoidEnvConfig:
 
     control_mode: Literal["position", "velocity", "effort"] = "position"
     """What an action asks of the joint servos; see action_scale."""
+    actuator: Literal["implicit", "explicit"] = "implicit"
+    """implicit: the engine integrates the servos' damping, stable at any gain. explicit: a torque computed
+    from the joint at each physics step, as a motor's own board does."""
+    torque_speed: bool = False
+    """Limit torque by joint speed as well, as a DC motor does, by the robot's figures."""
     action_scale: float = 1.0
     """Factor on one unit of action. That unit is, by control mode,
     position: the robot's own scale (rad) about the default pose; velocity: 1 rad/s;
@@ -125,17 +278,8 @@ class HumanoidEnvConfig:
     swing_height: float = 0.09
     """Height of the foot in mid swing, m."""
 
-    initial_joint_noise: float = 0.1
-    """Largest deviation from the default pose at reset, rad."""
-    initial_velocity: float = 0.5
-    """Largest base velocity at reset, m/s in x and y and rad/s in yaw."""
-
-    push_velocity: float = 0.0
-    """Speed that a push adds to the base at once, m/s, horizontally in a random direction."""
-    push_interval: tuple[float, float] = (1.0, 3.0)
-    """Shortest and longest time between pushes, s."""
-    ground_friction: tuple[float, float] = (1.0, 1.0)
-    """Friction coefficients of the ground, one drawn per world and episode."""
+    randomization: RandomizationConfig = dataclasses.field(default_factory=RandomizationConfig)
+    """What differs from world to world and from episode to episode, pushes and noise included."""
 
     harness: float = 1.0
     """Strength, 0 to 1, that each world's training harness begins with.
@@ -162,6 +306,7 @@ class HumanoidEnvConfig:
         "foot_contact",
         "foot_force",
         "harness",
+        "randomization",
     )
     """What the critic sees besides (simulation only)."""
     wrappers: tuple[str, ...] = ()
@@ -192,23 +337,17 @@ class HumanoidEnvConfig:
         )
         for name in positive.split():
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
-        not_negative = (
-            "num_threads standing_command swing_height initial_joint_noise initial_velocity fall_height "
-            "target_height push_velocity"
-        )
+        not_negative = "num_threads standing_command swing_height fall_height target_height"
         for name in not_negative.split():
             require(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("command_vx", "command_vy", "command_yaw", "push_interval", "ground_friction"):
+        for name in ("command_vx", "command_vy", "command_yaw"):
             low, high = getattr(self, name)
             require(self, name, low <= high, "must be (lowest, highest)")
-        for name in ("push_interval", "ground_friction"):
-            require(self, name, getattr(self, name)[0] > 0, "must be greater than 0")
         require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
         require(self, "standing_fraction", 0 <= self.standing_fraction <= 1, "must lie in [0, 1]")
         require(self, "swing_fraction", 0 < self.swing_fraction < 1, "must lie between 0 and 1")
         require(self, "timestep", self.timestep <= 0.02, "must be at most 0.02 s: longer steps diverge")
-        require(self, "initial_joint_noise", self.initial_joint_noise <= math.pi, "must be at most pi rad")
-        for name in ("control_mode", "collisions", "engine"):
+        for name in ("control_mode", "actuator", "collisions", "engine"):
             check_choice(name, getattr(self, name), get_args(get_type_hints(type(self))[name]))
         for name in ("actor_observations", "critic_observations"):
             terms = getattr(self, name)
@@ -222,7 +361,7 @@ class HumanoidEnvConfig:
         require(self, "fall_tilt", 0 < self.fall_tilt <= math.pi, "must lie in (0, pi] rad")
 
 
-# What leaves a robot alone: to be seen, recorded and compared.
-CALM: dict[str, Any] = {"push_velocity": 0.0, "ground_friction": (1.0, 1.0)}
+# Where walking robots of all tasks start from, and what they are left alone by: to be seen and recorded.
+CALM = RandomizationConfig()
 
 TASKS = {"walk": HumanoidEnvConfig}

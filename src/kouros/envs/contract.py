@@ -116,7 +116,7 @@ def record_policy(
     Raises:
       RuntimeError: nearly every step ends an episode.
     """
-    config = dataclasses.replace(config, num_envs=10, resampling_interval=1.0, **CALM)
+    config = dataclasses.replace(config, num_envs=10, resampling_interval=1.0, randomization=CALM)
     env = make_policy_env(config, statistics)
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []

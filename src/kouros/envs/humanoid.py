@@ -12,8 +12,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from kouros.checks import check_choice, require
+from kouros.envs.actuators import Actuators
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.observations import OBSERVATIONS, mirror
+from kouros.envs.observations import OBSERVATIONS, reflection
+from kouros.envs.randomization import DomainRandomizer
 from kouros.envs.rewards import REWARDS
 from kouros.envs.scene import CONTACTS, Camera, make_model
 from kouros.graphs import Recorded, is_recording
@@ -75,6 +77,7 @@ class HumanoidBaseEnv(VectorEnv):
         the last step, and how high (m).
       harness: ``(num_envs,)`` in [0, 1], how much each world's training harness still holds.
       until_push: ``(num_envs,)`` time until the next push, s (with ``push_velocity``).
+      randomization: what was drawn for each world; the observations below are true, the policy's are not.
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
       final_joint_pos, final_base_lin_vel_b: ``joint_pos`` and ``base_lin_vel_b`` before the last step
@@ -112,6 +115,7 @@ class HumanoidBaseEnv(VectorEnv):
             config.engine,
             config.num_threads,
             CONTACTS[config.collisions],
+            dry_friction="friction_loss" in config.randomization.enabled(),
         )
         self.device = self.simulation.device
         self.pose_weights = torch.tensor(pose_weights, device=self.device)
@@ -127,11 +131,18 @@ class HumanoidBaseEnv(VectorEnv):
         self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
 
         actor, critic = config.actor_observations, config.critic_observations
-        sizes = [OBSERVATIONS[name].compute(self).shape[1] for name in actor + critic]
-        self._actor_dim = sum(sizes[: len(actor)])
+        sizes = [OBSERVATIONS[name].compute(self).shape[1] for name in actor]
+        ends = np.cumsum([0, *sizes]).tolist()
+        self._actor_dim = ends[-1]
+        parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(actor)}
+        self.actuators = Actuators(self.articulation, config)
+        self.randomization = DomainRandomizer(config, self.actuators, parts, self._generator)
+        sizes += [OBSERVATIONS[name].compute(self).shape[1] for name in critic]
+        kinds = [OBSERVATIONS[name].mirror for name in actor + critic]
+        rules = {"randomization": self.randomization.mirror}
         self.mirror = {
-            "obs": mirror(actor, sizes[: len(actor)], robot),
-            "critic_obs": mirror(actor + critic, sizes, robot),
+            "obs": reflection(kinds[: len(actor)], sizes[: len(actor)], robot, rules),
+            "critic_obs": reflection(kinds, sizes, robot, rules),
             "action": (torch.tensor(robot.mirror_joint), torch.tensor(robot.mirror_sign).float()),
         }
         # The step waits for nothing and has fixed shapes: whoever has a graph may record it.
@@ -192,20 +203,12 @@ class HumanoidBaseEnv(VectorEnv):
         low, high = np.zeros(model.nq + model.nv), np.zeros(model.nq + model.nv)
         low[2] = high[2] = robot.base_height
         joints = np.arange(model.nq)[view.joint_qpos]
-        low[joints] = np.maximum(
-            robot.default_joint_pos - config.initial_joint_noise, robot.joint_range[:, 0]
-        )
-        high[joints] = np.minimum(
-            robot.default_joint_pos + config.initial_joint_noise, robot.joint_range[:, 1]
-        )
+        around = np.array(config.randomization.initial_joint_pos)
+        limits = robot.joint_range.T
+        low[joints], high[joints] = np.clip(robot.default_joint_pos + around[:, None], *limits)
         moving = model.nq + np.array([0, 1, 5])  # base velocity: x, y, yaw
-        low[moving], high[moving] = -config.initial_velocity, config.initial_velocity
+        low[moving], high[moving] = config.randomization.initial_velocity
         self._initial_low, self._initial_range = constant(low), constant(high - low)
-
-        self._ground_friction: torch.Tensor | None = None
-        if config.ground_friction != (1.0, 1.0):
-            friction = sim.model_field("geom_friction")
-            self._ground_friction = friction[:, model.geom("ground").id, 0]
 
         offset, scale = {
             "position": (robot.default_joint_pos, robot.action_scale),
@@ -216,7 +219,6 @@ class HumanoidBaseEnv(VectorEnv):
             constant(offset),
             constant(scale * config.action_scale),
         )
-        self._ctrl = sim.ctrl[:, view.joint_ctrl]
         if not all(isinstance(i, slice) for i in (view.joint_qpos, view.joint_qvel, view.joint_ctrl)):
             raise ValueError(f"robot={robot.name!r}: joint_names must be in the order of the model's joints")
 
@@ -246,6 +248,7 @@ class HumanoidBaseEnv(VectorEnv):
         """
         if seed is not None:
             self._generator.manual_seed(seed)
+            self.randomization.seed(seed)
         mask = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         for name, value in (options or {}).items():
             check_choice("options", name, ["reset_mask"])
@@ -260,8 +263,8 @@ class HumanoidBaseEnv(VectorEnv):
         self._begin_episodes(mask)
         self._resample_commands(mask)
         self._refresh()
-        critic_obs = self._observations()
-        return critic_obs[:, : self._actor_dim], self._info(critic_obs)
+        obs, critic_obs = self._observations(mask)
+        return obs, self._info(critic_obs)
 
     def step(
         self, actions: torch.Tensor
@@ -303,10 +306,12 @@ class HumanoidBaseEnv(VectorEnv):
         self.action_before.copy_(self.previous_action)
         self.previous_action.copy_(self.action)
         torch.clamp(actions, -config.action_limit, config.action_limit, out=self.action)
-        self._ctrl.copy_(torch.addcmul(self.action_offset, self.action_scale, self.action))
+        sent = self.randomization.apply_dynamics_adaptation(self.action)
+        targets = torch.addcmul(self.action_offset, self.action_scale, sent)
         if config.harness:
             self._pull_harness()
-        sim.step(config.frame_skip)
+        self.actuators.step(targets)
+        self.randomization.advance()
         cycles = config.control_dt / config.gait_period
         self.episode_length += 1
         self.phase.add_(cycles).remainder_(1.0)
@@ -332,7 +337,7 @@ class HumanoidBaseEnv(VectorEnv):
         rewards, metrics = self._rewards()
         self._episode_return += rewards
         length = self.episode_length * done
-        final_obs = critic_obs = self._observations()
+        final_obs, final_critic_obs = obs, critic_obs = self._observations()
         self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
         info = {
             "_episode": done,
@@ -346,7 +351,7 @@ class HumanoidBaseEnv(VectorEnv):
 
         new_command = done | (self.episode_length % self.resampling_steps == 0)
         changed = new_command
-        if config.push_velocity:
+        if config.randomization.push_velocity[1]:
             self.until_push -= config.control_dt
             pushed = (self.until_push <= 0.0) & ~done
             changed = changed | pushed
@@ -357,11 +362,12 @@ class HumanoidBaseEnv(VectorEnv):
         if sim.may_have(changed):
             self._resample_commands(new_command)
             self._refresh()
-            critic_obs = self._observations()
-            final_obs = torch.where(done.unsqueeze(-1), final_obs, critic_obs)
-        info |= {"final_obs": final_obs[:, : self._actor_dim], "final_critic_obs": final_obs}
+            obs, critic_obs = self._observations(done)
+            final_obs = torch.where(done.unsqueeze(-1), final_obs, obs)
+            final_critic_obs = torch.where(done.unsqueeze(-1), final_critic_obs, critic_obs)
+        info |= {"final_obs": final_obs, "final_critic_obs": final_critic_obs}
         info |= self._info(critic_obs)
-        return critic_obs[:, : self._actor_dim], rewards, terminations, truncations, info
+        return obs, rewards, terminations, truncations, info
 
     def _info(self, critic_obs: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
@@ -394,12 +400,13 @@ class HumanoidBaseEnv(VectorEnv):
 
     def observe(self) -> torch.Tensor:
         """The actor's observation of the present state, ``(num_envs, obs_dim)``."""
-        return self._observations()[:, : self._actor_dim]
+        return self._observations()[0]
 
-    def _observations(self) -> torch.Tensor:
-        """The critic's observation; the actor's is its first columns."""
+    def _observations(self, fresh: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The actor's observation, as measured, and the critic's: the same terms as they are, and its own."""
         names = self.config.actor_observations + self.config.critic_observations
-        return torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
+        true = torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
+        return self.randomization.observe(true[:, : self._actor_dim], fresh), true
 
     def _rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards ``(num_envs,)`` and the metrics ``(len(metric_names), num_envs)``."""
@@ -451,15 +458,19 @@ class HumanoidBaseEnv(VectorEnv):
 
     def _push(self, mask: torch.Tensor) -> None:
         """Add ``push_velocity`` to the base's velocity, horizontally in a random direction."""
-        angle = (2.0 * torch.pi) * self._uniform(1)
-        push = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1) * self.config.push_velocity
+        draw = self._uniform(2)
+        angle = (2.0 * torch.pi) * draw[:, :1]
+        low, high = self.config.randomization.push_velocity
+        speed = low + (high - low) * draw[:, 1:]
+        push = torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1) * speed
         self.simulation.qvel[:, :2] += push * mask.unsqueeze(-1)
-        self._draw(self.config.push_interval, self.until_push, mask)
+        self._await_push(mask)
 
-    def _draw(self, bounds: tuple[float, float], target: torch.Tensor, mask: torch.Tensor) -> None:
-        """Draw ``target``, ``(num_envs,)``, anew between bounds in the worlds of the mask."""
-        low, high = bounds
-        target.copy_(torch.where(mask, self._uniform(1)[:, 0] * (high - low) + low, target))
+    def _await_push(self, mask: torch.Tensor) -> None:
+        """Draw the time until the next push in the worlds of the mask."""
+        low, high = self.config.randomization.push_interval
+        wait = (low + (high - low) * self._uniform(1)[:, 0]) / self.randomization.push_frequency
+        self.until_push.copy_(torch.where(mask, wait, self.until_push))
 
     def _begin_episodes(self, mask: torch.Tensor) -> None:
         sim, rows = self.simulation, mask.unsqueeze(-1)
@@ -468,20 +479,26 @@ class HumanoidBaseEnv(VectorEnv):
         state[:, 3:7] = quat_from_yaw((2.0 * torch.pi) * draw[:, 0])
         qpos, qvel = state.to(sim.dtype).split([sim.model.nq, sim.model.nv], dim=1)
         sim.reset(mask)
+        self._randomize(mask)
         sim.qpos.copy_(torch.where(rows, qpos, sim.qpos))
         sim.qvel.copy_(torch.where(rows, qvel, sim.qvel))
         sim.kinematics(mask)
-        if self._ground_friction is not None:
-            self._draw(self.config.ground_friction, self._ground_friction, mask)
-        if self.config.push_velocity:
-            self._draw(self.config.push_interval, self.until_push, mask)
-
+        if self.config.randomization.push_velocity[1]:
+            self._await_push(mask)
         for buffer in (self.action, self.previous_action, self.action_before, self.mean_velocity):
             buffer.masked_fill_(rows, 0.0)
         self.phase.copy_(torch.where(mask, draw[:, 1], self.phase))
         self.coast.masked_fill_(mask, 1.0)
         self.episode_length.masked_fill_(mask, 0)
         self._episode_return.masked_fill_(mask, 0.0)
+
+    def _randomize(self, mask: torch.Tensor) -> None:
+        delay = None
+        if self.randomization.names:
+            drawn = self.randomization.randomize(mask)
+            self.randomization.apply_to_robot(mask)
+            delay = drawn.get("action_delay")
+        self.actuators.begin(mask, self.action_offset, delay)
 
     def render(self, world: int = 0) -> np.ndarray:  # type: ignore[override]
         """A picture of one world, RGB ``(480, 640, 3)`` uint8.
@@ -503,6 +520,8 @@ class HumanoidBaseEnv(VectorEnv):
         return {
             "simulation": self.simulation.state_dict(),
             "generator": self._generator.get_state(),
+            "randomization": self.randomization.state_dict(),
+            "actuators": self.actuators.state_dict(),
             **{name: getattr(self, name).clone() for name in _STATE},
         }
 
@@ -514,6 +533,8 @@ class HumanoidBaseEnv(VectorEnv):
         """
         self.simulation.load_state_dict(state["simulation"])
         self._generator.set_state(state["generator"].cpu())
+        self.randomization.load_state_dict(state["randomization"])
+        self.actuators.load_state_dict(state["actuators"])
         for name in _STATE:
             getattr(self, name).copy_(state[name])
         self._refresh()

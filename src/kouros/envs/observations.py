@@ -8,7 +8,7 @@ Adding one is one function here and its name in the config.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,37 +19,52 @@ if TYPE_CHECKING:
     from kouros.envs.humanoid import HumanoidBaseEnv
 
 # scalar: unchanged. vector: y changes sign. pseudovector: x and z change sign (a rotation).
-# command: (vx, vy, yaw rate). negate: all change sign. joints: the robot's mirror pairs.
-# feet: left and right exchange.
-Mirror = Literal["scalar", "vector", "pseudovector", "command", "negate", "joints", "feet"]
+# command: (vx, vy, yaw rate). negate: all change sign. joints: the robot's mirror pairs. joint_pairs: the
+# same for what has no direction, such as gains. bodies, feet: left and right exchange.
+# randomization: by its terms.
+Mirror = Literal[
+    "scalar",
+    "vector",
+    "pseudovector",
+    "command",
+    "negate",
+    "joints",
+    "joint_pairs",
+    "bodies",
+    "feet",
+    "randomization",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class ObservationTerm:
+    """``measured``: a robot's sensor reads it, with noise and late; the rest its computer knows."""
+
     compute: Callable[[HumanoidBaseEnv], torch.Tensor]
     mirror: Mirror
+    measured: bool = False
 
 
 OBSERVATIONS: dict[str, ObservationTerm] = {}
 
 
-def observation(mirror: Mirror) -> Callable:
+def observation(mirror: Mirror, measured: bool = False) -> Callable:
     """Register a function as the observation term of its own name."""
 
     def register(function: Callable[[HumanoidBaseEnv], torch.Tensor]) -> Callable:
-        OBSERVATIONS[function.__name__] = ObservationTerm(function, mirror)
+        OBSERVATIONS[function.__name__] = ObservationTerm(function, mirror, measured)
         return function
 
     return register
 
 
-@observation(mirror="pseudovector")
+@observation(mirror="pseudovector", measured=True)
 def base_ang_vel(env: HumanoidBaseEnv) -> torch.Tensor:
     """Angular velocity of the base, base frame, rad/s: a gyroscope."""
     return env.base_ang_vel_b
 
 
-@observation(mirror="vector")
+@observation(mirror="vector", measured=True)
 def projected_gravity(env: HumanoidBaseEnv) -> torch.Tensor:
     """Direction of gravity, base frame, unit length: (0, 0, -1) when upright."""
     return env.projected_gravity
@@ -68,13 +83,13 @@ def gait_phase(env: HumanoidBaseEnv) -> torch.Tensor:
     return torch.stack((torch.sin(angle), torch.cos(angle)), dim=-1) * env.moving.unsqueeze(-1)
 
 
-@observation(mirror="joints")
+@observation(mirror="joints", measured=True)
 def joint_pos(env: HumanoidBaseEnv) -> torch.Tensor:
     """Joint positions about the default pose, rad."""
     return env.joint_pos - env.default_joint_pos
 
 
-@observation(mirror="joints")
+@observation(mirror="joints", measured=True)
 def joint_vel(env: HumanoidBaseEnv) -> torch.Tensor:
     """Joint velocities, rad/s."""
     return env.joint_vel
@@ -128,30 +143,43 @@ def foot_force(env: HumanoidBaseEnv) -> torch.Tensor:
     return env.foot_force_w[:, :, 2] / env.weight
 
 
-def mirror(names: tuple[str, ...], sizes: list[int], robot: Robot) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reflection of the concatenated terms: ``mirrored = sign * x[..., index]``.
+@observation(mirror="randomization")
+def randomization(env: HumanoidBaseEnv) -> torch.Tensor:
+    """What the randomization drew for this episode, term after term; nothing if it is off."""
+    return env.randomization.values
+
+
+Reflection = tuple[torch.Tensor, torch.Tensor]
+
+
+def reflection(
+    kinds: Sequence[str], sizes: Sequence[int], robot: Robot, rules: Mapping[str, tuple] | None = None
+) -> Reflection:
+    """Reflection of concatenated vectors: ``mirrored = sign * x[..., index]``.
 
     Args:
-      names: the terms.
+      kinds: how each of them reflects, see :data:`Mirror`.
       sizes: their lengths.
       robot: whose mirror pairs ``joints`` follows.
+      rules: ``(index, sign)`` of further kinds.
 
     Returns:
       ``index`` (int64) and ``sign`` (float32), each ``(sum(sizes),)``.
     """
-    rules: dict[str, tuple] = {
+    known: dict[str, tuple] = {
         "vector": ([0, 1, 2], [1, -1, 1]),
         "pseudovector": ([0, 1, 2], [-1, 1, -1]),
         "command": ([0, 1, 2], [1, -1, -1]),
         "joints": (robot.mirror_joint, robot.mirror_sign),
+        "joint_pairs": (robot.mirror_joint, [1] * robot.num_joints),
         "feet": ([1, 0], [1, 1]),
+        **(rules or {}),
     }
     index, sign, start = [], [], 0
-    for name, size in zip(names, sizes, strict=True):
-        kind = OBSERVATIONS[name].mirror
+    for kind, size in zip(kinds, sizes, strict=True):
         same = range(size), [-1 if kind == "negate" else 1] * size
-        places, signs = rules.get(kind, same)
+        places, signs = known.get(kind, same)
         index += [start + int(i) for i in places]
         sign += [float(s) for s in signs]
         start += size
-    return torch.tensor(index), torch.tensor(sign)
+    return torch.tensor(index, dtype=torch.int64), torch.tensor(sign)

@@ -138,7 +138,7 @@ class _Single:
             harness=0.0,
             max_episode_length=10**9,
             resampling_interval=1e6,
-            **CALM,
+            randomization=CALM,
         )
         self.env = make_policy_env(config, statistics)
         self._policy = policy

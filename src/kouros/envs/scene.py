@@ -19,7 +19,8 @@ CONTACTS = {"feet": 8, "full": 32}
 
 def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     """The compiled model of one world: the robot on flat ground, with the config's physics options."""
-    spec = robot.spec(config.control_mode, config.collisions)
+    mode = "effort" if config.actuator == "explicit" else config.control_mode
+    spec = robot.spec(mode, config.collisions)
     spec.option.timestep = config.timestep
     spec.option.iterations = config.solver_iterations
     spec.option.ls_iterations = config.line_search_iterations

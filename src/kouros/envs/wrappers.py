@@ -130,8 +130,9 @@ class KinematicObservation(ObservationWrapper):
     """Appends the places of both hands, and the base's velocity where asked.
 
     The hands are the robot's sites ``robot.hands`` in the base frame, m, left then right: forward kinematics
-    of the present joint positions. The velocity is the base's, base frame, m/s; no robot measures it, so
-    that a policy that sees it cannot be exported. Both go to the policy and to the critic.
+    of the present joint positions, the true ones, whatever encoders read. The velocity is the base's, base
+    frame, m/s; no robot measures it, so that a policy that sees it cannot be exported. Both go to the policy
+    and to the critic.
 
     Args:
       env: the environment to wrap.

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros.devices import has_gpu, pick_device
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract
 from kouros.envs.wrappers import make_env, make_policy_env
 from kouros.files import replacing, write_json
@@ -163,9 +163,20 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """What a run cannot change on its way, by the names of the command line."""
-    groups: dict[str, Any] = {"env.": config.env, "ppo.": config.ppo}
-    fields = {f"{p}{f.name}": getattr(g, f.name) for p, g in groups.items() for f in dataclasses.fields(g)}
-    return {"task": config.task, "seed": config.seed, **fields}
+
+    def fields(prefix: str, group: Any) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for field in dataclasses.fields(group):
+            name, value = f"{prefix}{field.name}", getattr(group, field.name)
+            flat |= fields(f"{name}.", value) if dataclasses.is_dataclass(value) else {name: value}
+        return flat
+
+    return {
+        "task": config.task,
+        "seed": config.seed,
+        **fields("env.", config.env),
+        **fields("ppo.", config.ppo),
+    }
 
 
 ROOM = 100e6
@@ -197,8 +208,14 @@ def from_plain(cls: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := set(values) - known:
         raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**tuples)
+    hints = get_type_hints(cls)
+
+    def made(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hints[name]):
+            return from_plain(hints[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: made(name, value) for name, value in values.items()})
 
 
 class RunLogger:
@@ -376,7 +393,7 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
     env_config = from_plain(HumanoidEnvConfig, {**content.get("env", {}), "engine": "auto"})
     contract = content.get("contract")
     statistics = contract.get("statistics") if isinstance(contract, dict) else None
-    env = make_policy_env(dataclasses.replace(env_config, num_envs=1), statistics)
+    env = make_policy_env(dataclasses.replace(env_config, num_envs=1, randomization=CALM), statistics)
     check_contract(contract, env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])
     weights = content["actor"]

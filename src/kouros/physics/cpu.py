@@ -6,6 +6,7 @@ import copy
 import operator
 import time
 import warnings
+from collections.abc import Callable
 
 import mujoco
 import numpy as np
@@ -29,6 +30,15 @@ class CpuSimulation(Simulation):
     Raises:
       ValueError: ``num_worlds`` or ``num_threads`` out of range.
     """
+
+    derived = (
+        "body_subtreemass",
+        "body_invweight0",
+        "dof_invweight0",
+        "dof_M0",
+        "dof_length",
+        "actuator_acc0",
+    )
 
     def __init__(self, model: mujoco.MjModel, num_worlds: int, num_threads: int = 0) -> None:
         if num_worlds < 1:
@@ -64,9 +74,14 @@ class CpuSimulation(Simulation):
     def set_const(self, mask: torch.Tensor | None = None) -> None:
         self._batch.set_const(_ids(mask))
 
-    def step(self, n: int = 1) -> None:
+    def step(self, n: int = 1, before: Callable[[int], None] | None = None) -> None:
         start = time.perf_counter()
-        self._batch.step(nstep=n)
+        if before is None:
+            self._batch.step(nstep=n)
+        else:
+            for i in range(n):
+                before(i)
+                self._batch.step()
         self.seconds += time.perf_counter() - start
 
     def forward(self, mask: torch.Tensor | None = None) -> None:

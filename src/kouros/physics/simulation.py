@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import mujoco
@@ -34,6 +35,7 @@ class Simulation(abc.ABC):
         velocity (body frame).
       ctrl: ``(num_worlds, nu)``, in the actuators' units.
       sensordata: ``(num_worlds, nsensordata)``; :meth:`sensor` gives one sensor's columns.
+      derived: names of the model fields that :meth:`set_const` writes.
       seconds: wall-clock time spent in :meth:`step`, where that can be told; who reads it may reset it.
     """
 
@@ -45,6 +47,7 @@ class Simulation(abc.ABC):
     qvel: torch.Tensor
     ctrl: torch.Tensor
     sensordata: torch.Tensor
+    derived: tuple[str, ...]
     seconds: float
 
     @abc.abstractmethod
@@ -74,8 +77,11 @@ class Simulation(abc.ABC):
         """Recompute the constants derived from model fields (``mj_setConst``)."""
 
     @abc.abstractmethod
-    def step(self, n: int = 1) -> None:
-        """Advance every world by ``n`` timesteps with its present ``ctrl``."""
+    def step(self, n: int = 1, before: Callable[[int], None] | None = None) -> None:
+        """Advance every world by ``n`` timesteps with its present ``ctrl``.
+
+        ``before`` is called with 0, 1... ahead of each timestep, to write ``ctrl`` or model fields.
+        """
 
     @abc.abstractmethod
     def forward(self, mask: torch.Tensor | None = None) -> None:
@@ -144,6 +150,7 @@ def make_simulation(
     engine: Engine = "auto",
     num_threads: int = 0,
     contacts: int = 48,
+    dry_friction: bool = False,
 ) -> Simulation:
     """N worlds of a model.
 
@@ -154,6 +161,7 @@ def make_simulation(
       engine: ``c`` (MuJoCo C), ``warp`` (MuJoCo Warp) or ``auto``: C on the CPU, Warp on a GPU.
       num_threads: of MuJoCo C; 0 for one a core.
       contacts: room for so many contacts a world, on average; MuJoCo Warp only.
+      dry_friction: room for a ``dof_frictionloss`` of every joint, whatever the model has; MuJoCo Warp only.
 
     Raises:
       ImportError: MuJoCo Warp is not installed.
@@ -168,7 +176,7 @@ def make_simulation(
     if engine == "warp" or (engine == "auto" and kind == "cuda"):
         from kouros.physics.warp import WarpSimulation
 
-        return WarpSimulation(model, num_worlds, device, contacts)
+        return WarpSimulation(model, num_worlds, device, contacts, dry_friction)
     if kind == "cuda":
         raise ValueError(f"engine={engine!r}: MuJoCo C simulates on device='cpu' only")
     from kouros.physics.cpu import CpuSimulation

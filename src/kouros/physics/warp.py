@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mujoco
@@ -29,8 +29,6 @@ VERSION = f"MuJoCo Warp {mjw.__version__}"
 
 # What the future of a world depends on, as Data names it.
 STATE = ("time", "qpos", "qvel", "act", "qacc_warmstart", "ctrl", "qfrc_applied", "xfrc_applied")
-# What set_const writes, and so needs a value per world as soon as a mass or an armature has one.
-DERIVED = ("body_subtreemass", "body_invweight0", "dof_invweight0", "actuator_acc0")
 OVERFLOWS = (
     mjw.OverflowType.NEFC,
     mjw.OverflowType.NJMAX_NNZ,
@@ -56,6 +54,7 @@ class WarpSimulation(Simulation):
       num_worlds: number of worlds, at least 1.
       device: ``cuda``, ``cuda:1``..., or ``cpu``.
       contacts: room for so many contacts a world, on average over the worlds; see :meth:`overflow`.
+      dry_friction: room for a dry friction of every joint.
 
     Raises:
       ImportError: MuJoCo Warp is not installed.
@@ -63,8 +62,15 @@ class WarpSimulation(Simulation):
       ValueError: ``num_worlds`` is out of range, or more than the device has memory for.
     """
 
+    derived = ("body_subtreemass", "body_invweight0", "dof_invweight0", "actuator_acc0")
+
     def __init__(
-        self, model: mujoco.MjModel, num_worlds: int, device: str | torch.device, contacts: int = 48
+        self,
+        model: mujoco.MjModel,
+        num_worlds: int,
+        device: str | torch.device,
+        contacts: int = 48,
+        dry_friction: bool = False,
     ) -> None:
         if num_worlds < 1:
             raise ValueError(f"num_worlds={num_worlds}: must be at least 1")
@@ -78,9 +84,10 @@ class WarpSimulation(Simulation):
         self.dtype = torch.float32
         self.seconds = 0.0
         # A contact of three dimensions is four rows of a pyramid; each joint may be at a limit.
+        rubbing = (model.dof_frictionloss > 0) | dry_friction
         rows = {
             "nconmax": contacts,
-            "njmax": 4 * contacts + int(model.jnt_limited.sum() + (model.dof_frictionloss > 0).sum()),
+            "njmax": 4 * contacts + int(model.jnt_limited.sum() + rubbing.sum()),
         }
         with wp.ScopedDevice(str(self.device)):
             self._model = mjw.put_model(self.model)
@@ -134,21 +141,21 @@ class WarpSimulation(Simulation):
 
     def set_const(self, mask: torch.Tensor | None = None) -> None:
         # The constants of worlds outside the mask come out as they were.
-        for name in DERIVED:
-            self.model_field(name)
+        for name in self.derived:
+            self.model_field(name)  # a value per world
         with self._device():
             mjw.set_const(self._model, self._data)
 
-    def step(self, n: int = 1) -> None:
+    def step(self, n: int = 1, before: Callable[[int], None] | None = None) -> None:
         self._recorded |= is_recording()
         flags, sensors = self._model.opt.disableflags, int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
         with self._device():
             # Nobody can see the sensors of all but the last timestep.
-            self._model.opt.disableflags = flags | sensors
-            for _ in range(n - 1):
+            for i in range(n):
+                if before:
+                    before(i)
+                self._model.opt.disableflags = flags if i == n - 1 else flags | sensors
                 mjw.step(self._model, self._data)
-            self._model.opt.disableflags = flags
-            mjw.step(self._model, self._data)
 
     def forward(self, mask: torch.Tensor | None = None) -> None:
         with _only(mask, self.sensordata, self._state["qacc_warmstart"]), self._device():

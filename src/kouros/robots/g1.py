@@ -83,6 +83,18 @@ SHAPES: dict[str, list[tuple]] = {
 SOLE_RAILS = 0.018
 
 
+# Speeds (rad/s) of full torque and of none, by the torque limit (N m) that tells the G1's motors apart:
+# X1 and X2 of N7520-14.3, N7520-22.5, N5020-16 (one, and two on a linkage) and W4010-25 in Unitree's
+# unitree_rl_lab, source/unitree_rl_lab/unitree_rl_lab/assets/robots/unitree_actuators.py (Apache-2.0).
+MOTOR_SPEEDS = {
+    88.0: (22.63, 35.52),
+    139.0: (14.5, 22.7),
+    50.0: (30.86, 40.13),
+    25.0: (30.86, 40.13),
+    5.0: (15.3, 24.76),
+}
+
+
 @functools.cache
 def g1() -> Robot:
     """The Unitree G1, read from ``g1.json`` (its ``source`` field says where the figures come from)."""
@@ -93,6 +105,7 @@ def g1() -> Robot:
         return np.array([joint[key] for joint in joints])
 
     names = tuple(joint["name"] for joint in joints)
+    speeds = np.array([MOTOR_SPEEDS[joint["effort_limit"]] for joint in joints])
     mirror_joint, mirror_sign = mirror_from_names(names, column("axis"))
     return Robot(
         name="g1",
@@ -103,6 +116,8 @@ def g1() -> Robot:
         damping=column("kd"),
         effort_limit=column("effort_limit"),
         armature=column("armature"),
+        full_torque_speed=speeds[:, 0],
+        no_load_speed=speeds[:, 1],
         # One unit of action asks for a quarter of the joint's torque (g1.json, notes).
         action_scale=0.25 * column("effort_limit") / column("kp"),
         base_body="pelvis",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import mujoco
@@ -35,6 +35,8 @@ class Robot:
       damping: velocity gain of the joint's PD servo, N m s/rad.
       effort_limit: largest joint torque, N m.
       armature: rotor inertia reflected to the joint, kg m^2.
+      full_torque_speed: joint speed up to which a motor gives all its torque, rad/s.
+      no_load_speed: joint speed at which it gives none in the direction it turns, rad/s.
       action_scale: change of position target per unit of action, rad.
       base_body: the floating body (its free joint carries the root state).
       base_height: height of the base above flat ground in the default pose, m.
@@ -55,6 +57,8 @@ class Robot:
     damping: np.ndarray
     effort_limit: np.ndarray
     armature: np.ndarray
+    full_torque_speed: np.ndarray
+    no_load_speed: np.ndarray
     action_scale: np.ndarray
     base_body: str
     base_height: float
@@ -158,11 +162,15 @@ def mirror_from_names(joint_names: tuple[str, ...], axes: np.ndarray) -> tuple[n
     Returns:
       ``mirror_joint`` (int) and ``mirror_sign``, each ``(num_joints,)``.
     """
+    return mirror_pairs(joint_names), np.where(np.abs(axes[:, 1]) > 0.5, 1.0, -1.0)
+
+
+def mirror_pairs(names: Sequence[str]) -> np.ndarray:
+    """Index of each name's mirror image: ``left_*`` and ``right_*`` exchange places, others stay."""
     swap = {"left": "right", "right": "left"}
 
     def image(name: str) -> str:
         side, _, rest = name.partition("_")
         return f"{swap[side]}_{rest}" if side in swap else name
 
-    index = np.array([joint_names.index(image(name)) for name in joint_names])
-    return index, np.where(np.abs(axes[:, 1]) > 0.5, 1.0, -1.0)
+    return np.array([list(names).index(image(name)) for name in names])
