@@ -96,7 +96,7 @@ class Actuators:
         limit = torch.from_numpy(self.robot.effort_limit) * strength
         return {
             "gain": gain * strength * along,
-            "bias": torch.stack((-kp * error, -kp, -kd), dim=-1),
+            "bias": torch.stack(torch.broadcast_tensors(-kp * error, -kp, -kd), dim=-1),
             "range": torch.stack((-limit, limit), dim=-1),
         }
 

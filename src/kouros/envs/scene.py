@@ -19,8 +19,10 @@ CONTACTS = {"feet": 8, "full": 32}
 
 def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     """The compiled model of one world: the robot on flat ground, with the config's physics options."""
-    mode = "effort" if config.actuator == "explicit" else config.control_mode
-    spec = robot.spec(mode, config.collisions)
+    explicit = config.actuator == "explicit"
+    spec = robot.spec("effort" if explicit else config.control_mode, config.collisions)
+    for motor in spec.actuators if explicit else ():
+        motor.forcelimited = False  # kouros.envs.actuators limits the torque, each world by its own strength
     spec.option.timestep = config.timestep
     spec.option.iterations = config.solver_iterations
     spec.option.ls_iterations = config.line_search_iterations
