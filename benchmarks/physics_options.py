@@ -107,9 +107,7 @@ def costs(policy: Callable[[torch.Tensor], torch.Tensor], env: HumanoidBaseEnv, 
 
 def main(config: Config) -> None:
     actor, env_config, _ = load_policy("walk")
-    env = HumanoidBaseEnv(
-        dataclasses.replace(env_config, num_envs=config.worlds, harness=0.0, randomization=CALM)
-    )
+    env = HumanoidBaseEnv(dataclasses.replace(env_config, num_envs=config.worlds, harness=0.0, **CALM))
     generator = torch.Generator().manual_seed(0)
     policies = {
         "walking": actor.act,

@@ -9,6 +9,7 @@ os.environ.setdefault("MUJOCO_GL", "")
 import pytest
 import torch
 
+from kouros.envs import wrappers
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.robots import get_robot
@@ -21,7 +22,7 @@ def robot() -> Robot:
 
 
 def make_env(num_envs: int = 8, seed: int = 0, **config: object) -> HumanoidBaseEnv:
-    env = HumanoidBaseEnv(HumanoidEnvConfig(num_envs=num_envs, **config))  # type: ignore[arg-type]
+    env = wrappers.make_env(HumanoidEnvConfig(num_envs=num_envs, **config))  # type: ignore[arg-type]
     env.reset(seed=seed)
     return env
 

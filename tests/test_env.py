@@ -497,6 +497,7 @@ OTHER = {
     "harness_fall_time": 0.1,
     "actor_observations": ("command", "joint_pos"),
     "critic_observations": ("base_height",),
+    "wrappers": ("history:2",),
     "rewards": {"alive": 1.0},
     "tracking_sigma": 0.2,
     "tracking_time": 1.0,

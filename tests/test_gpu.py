@@ -11,6 +11,7 @@ import torch
 from kouros.envs.config import HumanoidEnvConfig, randomization
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.rewards import REWARDS
+from kouros.envs.wrappers import make_env
 from kouros.learning.config import PPOConfig
 from kouros.learning.networks import log_prob
 from kouros.learning.ppo import PPOAgent
@@ -153,6 +154,24 @@ def test_training_waits_only_for_its_log() -> None:
             agent.update(agent.collect_rollouts())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_stack_of_wrappers_is_recorded_with_the_step() -> None:
+    """Nothing in it waits, and after a replay the public tensors are those of the replay."""
+    stack = ("kinematic:velocity", "history:3", "normalize")
+    env = make_env(dataclasses.replace(CONFIG, wrappers=stack), "cuda")
+    agent = PPOAgent(env, PPO)
+    agent.train(2)
+    env.step(torch.zeros(64, 29, device="cuda"))  # rebinds them
+    count = env.count.clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        agent.collect_rollouts()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert agent._now is not None
+    assert torch.equal(env.base_lin_vel_b, agent._now["critic_obs"][:, -3:])
+    assert env.count == count + agent.samples
 
 
 def test_a_sick_world_is_reset_and_counted_on_the_device() -> None:

@@ -18,6 +18,11 @@ _HOME = {
     "HumanoidBaseEnv": "kouros.envs.humanoid",
     "observation": "kouros.envs.observations",
     "reward": "kouros.envs.rewards",
+    "ObservationWrapper": "kouros.envs.wrappers",
+    "NormalizeObservation": "kouros.envs.wrappers",
+    "HistoryObservation": "kouros.envs.wrappers",
+    "KinematicObservation": "kouros.envs.wrappers",
+    "make_env": "kouros.envs.wrappers",
     "evaluate_walk": "kouros.envs.evaluation",
     "Robot": "kouros.robots",
     "get_robot": "kouros.robots",
@@ -43,6 +48,11 @@ if TYPE_CHECKING:
     from kouros.envs.humanoid import HumanoidBaseEnv as HumanoidBaseEnv
     from kouros.envs.observations import observation as observation
     from kouros.envs.rewards import reward as reward
+    from kouros.envs.wrappers import HistoryObservation as HistoryObservation
+    from kouros.envs.wrappers import KinematicObservation as KinematicObservation
+    from kouros.envs.wrappers import NormalizeObservation as NormalizeObservation
+    from kouros.envs.wrappers import ObservationWrapper as ObservationWrapper
+    from kouros.envs.wrappers import make_env as make_env
     from kouros.learning.config import PPOConfig as PPOConfig
     from kouros.learning.networks import ActorNetwork as ActorNetwork
     from kouros.learning.networks import CriticNetwork as CriticNetwork

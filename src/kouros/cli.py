@@ -118,7 +118,7 @@ def train(config: TrainConfig) -> None:
     from kouros.deploy.export import check_measured
     from kouros.learning.run import train
 
-    check_measured(config.env.actor_observations)  # now, not after the training
+    check_measured(config.env.actor_observations, config.env.wrappers)  # now, not after the training
     folder = train(config)
     export(Export(folder))
 
@@ -131,7 +131,7 @@ def evaluate(config: Eval) -> None:
     from kouros.files import write_json
     from kouros.learning.run import load_policy
 
-    actor, env_config, _ = load_policy(config.policy)
+    actor, env_config, contract = load_policy(config.policy)
     output = config.output or _beside(config.policy, "eval.json")
     conditions = {"": config.randomization}
     if config.suite == "robust":
@@ -153,6 +153,7 @@ def evaluate(config: Eval) -> None:
                 config.collisions,
                 randomization,
                 report,
+                contract.get("statistics"),
             )
     test = {name: getattr(config, name) for name in ("policy", "seed", "collisions", "suite")}
     plain = {
@@ -205,9 +206,10 @@ def play(config: Play) -> None:
     from kouros.envs.play import open_viewer, write_video
     from kouros.learning.run import load_policy
 
-    actor, env_config, _ = load_policy(config.policy)
+    actor, env_config, contract = load_policy(config.policy)
+    statistics = contract.get("statistics")
     if config.viewer:
-        open_viewer(actor.act, env_config, config.command, config.seed)
+        open_viewer(actor.act, env_config, config.command, config.seed, statistics)
         return
     output = config.output or _beside(config.policy, "walk.mp4")
     write_video(
@@ -219,6 +221,7 @@ def play(config: Play) -> None:
         (config.width, config.height),
         config.fps,
         config.seed,
+        statistics,
     )
     print(f"saved {output}")
 
@@ -231,7 +234,8 @@ def export(config: Export) -> None:
     actor, env_config, contract = load_policy(config.policy)
     output = config.output or _beside(config.policy, "policy.onnx")
     exporter = OnnxExporter(actor, contract)
-    difference = exporter.export(output, record_policy(actor.act, env_config))
+    recording = record_policy(actor.act, env_config, statistics=contract.get("statistics"))
+    difference = exporter.export(output, recording)
     print(f"saved {output} (replays 1,000 steps within {difference:.1g})")
 
 

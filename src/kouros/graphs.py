@@ -23,7 +23,7 @@ class Recorded:
       device: the GPU.
       generators: random generators it draws from; each replay draws on.
       owner: an object with ``state_dict`` and ``load_state_dict`` that the function changes; its tensor
-        attributes are those of the recording after each replay.
+        attributes, and those of the environments that it wraps, are those of the recording after each replay.
       tensors: what else it changes.
 
     Raises:
@@ -47,7 +47,6 @@ class Recorded:
             torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
 
-        self._owner = owner
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self._graph.register_generator_state(generator)
@@ -59,6 +58,7 @@ class Recorded:
             with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
                 self.result = function()
         except Exception as error:
+            _broken.append((self._graph, self._pool))  # their destructors would end the process
             reason = str(error).splitlines()[0]
             raise RuntimeError(
                 f"cannot record this as a CUDA graph ({reason}). Something in it, perhaps a reward or "
@@ -66,15 +66,21 @@ class Recorded:
                 "tensor), indexes with a list or a mask, or makes a tensor from numbers: docs/gpu.md says "
                 "what to write instead; --env.no-graph --ppo.no-graph runs it as it is"
             ) from error
-        attributes = vars(owner).items() if owner is not None else ()
-        self._attributes = {name: v for name, v in attributes if isinstance(v, torch.Tensor)}
+        self._attributes = []
+        while owner is not None:
+            found = {name: v for name, v in vars(owner).items() if isinstance(v, torch.Tensor)}
+            self._attributes.append((owner, found))
+            owner = vars(owner).get("env")
 
     def replay(self) -> Any:
         """Run it once more; the same result tensors, filled anew."""
         self._graph.replay()
-        for name, tensor in self._attributes.items():
-            setattr(self._owner, name, tensor)
+        for owner, found in self._attributes:
+            vars(owner).update(found)
         return self.result
+
+
+_broken: list[Any] = []
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from torch import nn
 
 from kouros.checks import check_choice
 from kouros.files import replacing
+from kouros.normalizer import Normalizer
+from kouros.physics.kinematics import SitePositions
 
 OPSET = 18
 PARITY = 1e-5
@@ -27,21 +29,28 @@ SENSORS = {
     "joint_vel": "rad/s",
 }
 STATE_TERMS = ("gait_phase", "last_action")
+WRAPPERS = ("kinematic", "history", "normalize")
 
 
-def check_measured(terms: Iterable[str]) -> None:
-    """Raise ``ValueError`` if a policy observes something that is no sensor of a robot."""
+def check_measured(terms: Iterable[str], wrappers: Iterable[str] = ()) -> None:
+    """Raise ``ValueError`` if a policy observes something that is no sensor of a robot, or through a wrapper
+    that the file has no room for."""
     for term in terms:
         check_choice("actor_observations", term, (*SENSORS, *STATE_TERMS))
+    for entry in wrappers:
+        name, _, argument = entry.partition(":")
+        check_choice("wrappers", name, WRAPPERS)
+        if "velocity" in argument:
+            raise ValueError(f"wrappers={entry!r}: no robot measures its base's velocity; use 'kinematic'")
 
 
 class PolicyGraph(nn.Module):
     """The control law as one function: ``(sensors..., state) -> (joint_targets, next_state)``.
 
     Everything between the sensors and the servos is inside: default pose, gait clock, last action,
-    normalizer, network, scaling and clipping. ``state`` is ``(n, num_joints + 2)``: last action, gait
-    phase in [0, 1), and how much of a cycle the gait goes on after a command to stand; zeros to begin
-    with.
+    wrappers, normalizer, network, scaling and clipping. ``state`` is ``(n, state_size)``: last action, gait
+    phase in [0, 1), how much of a cycle the gait goes on after a command to stand, and with a history all its
+    observations but the newest and a 1 that says that they are there; zeros to begin with.
 
     Args:
       actor: its ``act`` is the policy: observations to actions.
@@ -54,10 +63,42 @@ class PolicyGraph(nn.Module):
     def __init__(self, actor: Any, contract: dict[str, Any]) -> None:
         super().__init__()
         self.actor, self.contract = actor, contract
-        check_measured(term["name"] for term in contract["observations"])
+        self.wrappers = contract.get("wrappers", [])
+        check_measured((term["name"] for term in contract["observations"]), self.wrappers)
         self.default_joint_pos = nn.Buffer(torch.tensor(contract["default_joint_pos"]))
         self.action_offset = nn.Buffer(torch.tensor(contract["action_offset"]))
         self.action_scale = nn.Buffer(torch.tensor(contract["action_scale"]))
+        size = sum(term["size"] for term in contract["observations"])
+        self.state_size = len(contract["joint_names"]) + 2
+        for entry in self.wrappers:
+            name, _, argument = entry.partition(":")
+            if name == "kinematic":
+                self.hands = SitePositions(contract["kinematics"], contract["joint_names"])
+                size += 3 * len(contract["kinematics"])
+            elif name == "history":
+                self.state_size += (int(argument) - 1) * size + 1
+                size *= int(argument)
+            else:
+                self.normalizer = Normalizer(size)
+                for figure, values in contract["statistics"].items():
+                    getattr(self.normalizer, figure).copy_(torch.tensor(values))
+
+    def _wrapped(
+        self, obs: torch.Tensor, joint_pos: torch.Tensor, memory: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The observation through the stack, and the next memory."""
+        for entry in self.wrappers:
+            name, _, argument = entry.partition(":")
+            if name == "kinematic":
+                obs = torch.cat((obs, self.hands(joint_pos).flatten(1)), dim=-1)
+            elif name == "history":
+                frames = torch.cat((memory[:, :-1], obs), dim=-1)
+                frames = torch.where(memory[:, -1:] > 0.0, frames, obs.repeat(1, int(argument)))
+                memory = torch.cat((frames[:, obs.shape[1] :], torch.ones_like(memory[:, -1:])), dim=-1)
+                obs = frames
+            else:
+                obs = self.normalizer(obs)
+        return obs, memory
 
     def forward(
         self,
@@ -69,7 +110,8 @@ class PolicyGraph(nn.Module):
         state: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         contract = self.contract
-        last_action, phase, coast = state[:, :-2], state[:, -2:-1], state[:, -1:]
+        joints = joint_pos.shape[1]
+        last_action, phase, coast, memory = state.split([joints, 1, 1, self.state_size - joints - 2], dim=-1)
         ordered = command.norm(dim=-1, keepdim=True) > contract["standing_command"]
         coast = torch.where(ordered, 1.0, coast)
         angle = 2.0 * math.pi * phase
@@ -83,11 +125,12 @@ class PolicyGraph(nn.Module):
             "last_action": last_action,
         }
         obs = torch.cat([terms[term["name"]] for term in contract["observations"]], dim=-1)
+        obs, memory = self._wrapped(obs, joint_pos, memory)
         limit = contract["action_limit"]
         action = self.actor.act(obs).clamp(-limit, limit)
         cycles = contract["control_dt"] / contract["gait_period"]
         phase, coast = torch.frac(phase + cycles), (coast - cycles).clamp(min=0.0)
-        next_state = torch.cat((action, phase, coast), dim=-1)
+        next_state = torch.cat((action, phase, coast, memory), dim=-1)
         return self.action_offset + self.action_scale * action, next_state
 
 
@@ -130,7 +173,7 @@ class OnnxExporter:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 self.graph,
-                (*example, torch.zeros(2, n + 2)),
+                (*example, torch.zeros(2, self.graph.state_size)),
                 input_names=[*SENSORS, "state"],
                 output_names=["joint_targets", "next_state"],
                 dynamic_shapes=tuple({0: batch} for _ in range(len(SENSORS) + 1)),
@@ -145,7 +188,7 @@ class OnnxExporter:
             metadata = {
                 "kouros": json.dumps(self.contract),
                 "sensors": json.dumps(SENSORS),
-                "state": "last action, gait phase in [0, 1), coast in [0, 1]; zeros at first",
+                "state": "last action, gait phase in [0, 1), coast in [0, 1], history; zeros at first",
             }
             onnx.helper.set_model_props(model, metadata)
             onnx.checker.check_model(model)

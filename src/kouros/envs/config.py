@@ -92,6 +92,28 @@ class CurriculumConfig:
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
 
 
+# What may follow the name of a wrapper and a colon.
+WRAPPERS = {"kinematic": ("", "velocity", "only-velocity"), "history": None, "normalize": ("",)}
+
+
+def parse_wrapper(entry: str) -> tuple[str, str]:
+    """Name and argument of an entry of ``wrappers``: ``history:5`` is ``("history", "5")``.
+
+    Raises:
+      ValueError: no such wrapper, or no such argument.
+    """
+    name, _, argument = str(entry).partition(":")
+    check_choice("wrappers", name, WRAPPERS)
+    arguments = WRAPPERS[name]
+    if arguments is None:
+        if not (argument.isascii() and argument.isdigit() and int(argument) > 0):
+            raise ValueError(f"wrappers={entry!r}: say how many observations, at least 1: 'history:5'")
+    elif argument not in arguments:
+        choices = ", ".join(f"{name}:{a}" if a else name for a in arguments)
+        raise ValueError(f"wrappers={entry!r}: choose from {choices}")
+    return name, argument
+
+
 Range = tuple[float, float]
 Distribution = Literal["uniform", "log_uniform", "normal"]
 
@@ -346,6 +368,9 @@ class HumanoidEnvConfig:
         "randomization",
     )
     """What the critic sees besides (simulation only)."""
+    wrappers: tuple[str, ...] = ()
+    """What is made of the policy's observation, one after the other: kinematic (places of both hands),
+    kinematic:velocity (and the base's velocity), history:N (the last N observations), normalize."""
     rewards: dict[str, float] = dataclasses.field(default_factory=lambda: dict(WALK_REWARDS))
     """Weight of each reward term by name, per second."""
     tracking_sigma: float = 0.5
@@ -391,10 +416,15 @@ class HumanoidEnvConfig:
             terms = getattr(self, name)
             require(self, name, isinstance(terms, tuple | list), "must be a tuple of names")
         require(self, "actor_observations", len(self.actor_observations) > 0, "must not be empty")
+        require(self, "wrappers", isinstance(self.wrappers, tuple | list), "must be a tuple of names")
+        for entry in self.wrappers:
+            parse_wrapper(entry)
+        names = [entry.partition(":")[0] for entry in self.wrappers]
+        require(self, "wrappers", len(set(names)) == len(names), "each may be there once")
         require(self, "fall_tilt", 0 < self.fall_tilt <= math.pi, "must lie in (0, pi] rad")
 
 
-# Where walking robots of all tasks start from, and what they are left alone by: to be seen and recorded.
-CALM = RandomizationConfig()
+# What leaves a robot alone: to be seen and recorded.
+CALM: dict[str, Any] = {"randomization": RandomizationConfig(), "curriculum": CurriculumConfig()}
 
 TASKS = {"walk": HumanoidEnvConfig}

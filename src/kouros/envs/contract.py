@@ -8,20 +8,28 @@ from typing import Any
 
 import torch
 
-from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
-from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.observations import OBSERVATIONS
+from kouros.envs.wrappers import Env, make_policy_env
 
 CONTRACT_VERSION = 1
 
 
-def policy_contract(env: HumanoidBaseEnv) -> dict[str, Any]:
-    """Robot, joints, gains, scales, observation terms and clocks of an environment, JSON-able.
+def policy_contract(env: Env) -> dict[str, Any]:
+    """Robot, joints, gains, scales, observation terms, wrappers and clocks of an environment, JSON-able.
 
-    Joint vectors are in ``joint_names`` order; SI units.
+    Joint vectors are in ``joint_names`` order; SI units. What ``wrappers`` need to be computed elsewhere is
+    beside them: ``kinematics``, both hands' chains (:func:`kouros.physics.kinematics.read_chains`), and
+    ``statistics``, the mean and variance that ``normalize`` goes by now.
+
+    Raises:
+      TypeError: the environment, or a wrapper around it, is of another kind.
     """
+    if not isinstance(env, Env):
+        raise TypeError(f"{type(env).__name__}: no HumanoidBaseEnv, bare or in ObservationWrappers")
     config, robot = env.config, env.robot
-    return {
+    base: Any = env.unwrapped
+    contract = {
         "contract_version": CONTRACT_VERSION,
         "robot": robot.name,
         "control_mode": config.control_mode,
@@ -38,14 +46,20 @@ def policy_contract(env: HumanoidBaseEnv) -> dict[str, Any]:
         "gait_period": config.gait_period,
         "standing_command": config.standing_command,
         "observations": [
-            {"name": name, "size": OBSERVATIONS[name].compute(env).shape[1]}
+            {"name": name, "size": OBSERVATIONS[name].compute(base).shape[1]}
             for name in config.actor_observations
         ],
+        "wrappers": list(config.wrappers),
     }
+    figures = {"kinematics": getattr(env, "chains", None), "statistics": getattr(env, "statistics", None)}
+    return contract | {name: value for name, value in figures.items() if value is not None}
 
 
-def check_contract(saved: object, env: HumanoidBaseEnv, where: str) -> None:
-    """Raise ``ValueError``, naming the first difference, unless ``saved`` is the contract of ``env``."""
+def check_contract(saved: object, env: Env, where: str) -> None:
+    """Raise ``ValueError``, naming the first difference, unless ``saved`` is the contract of ``env``.
+
+    Statistics are learnt: they may differ.
+    """
     if not isinstance(saved, dict) or "contract_version" not in saved:
         raise ValueError(f"{where}: has no contract; it was not written by kouros train")
     if saved["contract_version"] != CONTRACT_VERSION:
@@ -53,20 +67,23 @@ def check_contract(saved: object, env: HumanoidBaseEnv, where: str) -> None:
             f"{where}: contract version {saved['contract_version']}, this version reads {CONTRACT_VERSION}; "
             "install the version of Kouros that wrote it"
         )
+    saved = {"wrappers": [], **saved}  # a contract from before there were any
     for name, ours in policy_contract(env).items():
-        if saved.get(name) != ours:
+        if name != "statistics" and saved.get(name) != ours:
             raise ValueError(
                 f"{where}: of another contract: {name}={saved.get(name)!r} there, {ours!r} here; "
                 "install the version of Kouros that wrote it"
             )
 
 
-def policy_state(env: HumanoidBaseEnv) -> torch.Tensor:
-    """What the policy carries from step to step, ``(n, num_joints + 2)``: last action, phase, coast."""
-    return torch.cat((env.action, env.phase.unsqueeze(-1), env.coast.unsqueeze(-1)), dim=-1)
+def policy_state(env: Env) -> torch.Tensor:
+    """What the policy carries from step to step, ``(n, state_size)``: last action, phase, coast, and the
+    memory of a history."""
+    memory = getattr(env, "memory", env.action[:, :0])
+    return torch.cat((env.action, env.phase.unsqueeze(-1), env.coast.unsqueeze(-1), memory), dim=-1)
 
 
-def policy_sensors(env: HumanoidBaseEnv) -> dict[str, torch.Tensor]:
+def policy_sensors(env: Env) -> dict[str, torch.Tensor]:
     """What the robot's computer feeds the policy, by the names of the policy file's inputs."""
     return {
         "base_ang_vel": env.base_ang_vel_b,
@@ -79,7 +96,10 @@ def policy_sensors(env: HumanoidBaseEnv) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def record_policy(
-    policy: Callable[[torch.Tensor], torch.Tensor], config: HumanoidEnvConfig, steps: int = 1000
+    policy: Callable[[torch.Tensor], torch.Tensor],
+    config: HumanoidEnvConfig,
+    steps: int = 1000,
+    statistics: dict[str, list[float]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Steps of a policy in its environment, as the policy file sees them.
 
@@ -87,6 +107,7 @@ def record_policy(
       policy: observations to actions.
       config: of its environment.
       steps: number of recorded steps, of ten robots side by side.
+      statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
 
     Returns:
       The sensors and ``state`` before each step, ``joint_targets`` and ``next_state`` that came of
@@ -95,11 +116,8 @@ def record_policy(
     Raises:
       RuntimeError: nearly every step ends an episode.
     """
-    env = HumanoidBaseEnv(
-        dataclasses.replace(
-            config, num_envs=10, resampling_interval=1.0, randomization=CALM, curriculum=CurriculumConfig()
-        )
-    )
+    config = dataclasses.replace(config, num_envs=10, resampling_interval=1.0, **CALM)
+    env = make_policy_env(config, statistics)
     obs, _ = env.reset(seed=0)
     rows: list[dict[str, torch.Tensor]] = []
     while sum(len(row["state"]) for row in rows) < steps:

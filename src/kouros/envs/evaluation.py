@@ -10,8 +10,8 @@ from typing import Any, Literal
 import mujoco
 import torch
 
-from kouros.envs.config import CALM, NOISE, HumanoidEnvConfig, RandomizationConfig
-from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.config import NOISE, HumanoidEnvConfig, RandomizationConfig
+from kouros.envs.wrappers import Env, make_policy_env
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, yaw_of
 
 # A foot is in the air after this long without contact: shorter gaps are chatter, not steps.
@@ -119,8 +119,9 @@ def evaluate_walk(
     seconds: float = 20.0,
     seed: int = 12345,
     collisions: Literal["feet", "full"] = "feet",
-    randomization: RandomizationConfig = CALM,
+    randomization: RandomizationConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
+    statistics: dict[str, list[float]] | None = None,
 ) -> WalkResult:
     """Run seeded episodes side by side and measure the gait.
 
@@ -135,8 +136,9 @@ def evaluate_walk(
       seconds: length of an episode.
       seed: of initial states and commands.
       collisions: what touches what, see the config.
-      randomization: what differs from episode to episode; what follows a push within 1 s is not standing.
+      randomization: what differs from episode to episode, nothing if None; what follows a push within 1 s is not standing.
       progress: called with (steps done, steps in all).
+      statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
     """
     task = HumanoidEnvConfig()
     steps = math.ceil(seconds / config.control_dt)
@@ -147,10 +149,10 @@ def evaluate_walk(
         harness=0.0,
         standing_fraction=STANDING_SHARE,
         collisions=collisions,
-        randomization=randomization,
+        randomization=randomization or RandomizationConfig(),
         **{name: getattr(task, name) for name in FIXED},
     )
-    env = HumanoidBaseEnv(config)
+    env = make_policy_env(config, statistics)
     sim, robot = env.simulation, env.robot
     dt = config.control_dt
     force = sim.field("actuator_force")[:, env.articulation.joint_ctrl]
@@ -255,7 +257,7 @@ class _Steps:
 class _Soles:
     """The lowest point of each foot: the ends of the capsules of its sole."""
 
-    def __init__(self, env: HumanoidBaseEnv) -> None:
+    def __init__(self, env: Env) -> None:
         model, sim = env.simulation.model, env.simulation
         self._feet = []
         for body in env.robot.foot_bodies:

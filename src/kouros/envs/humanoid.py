@@ -85,6 +85,8 @@ class HumanoidBaseEnv(VectorEnv):
       randomization: what was drawn for each world; the observations below are true, the policy's are not.
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
+      final_joint_pos, final_base_lin_vel_b: ``joint_pos`` and ``base_lin_vel_b`` before the last step
+        reset any world.
 
     Args:
       config: the task's figures; the task ``walk`` if None.
@@ -102,6 +104,8 @@ class HumanoidBaseEnv(VectorEnv):
 
     def __init__(self, config: HumanoidEnvConfig | None = None, device: str | torch.device = "cpu") -> None:
         self.config = config = config or HumanoidEnvConfig()
+        if config.wrappers:
+            raise ValueError(f"wrappers={config.wrappers!r}: use make_env(config), which puts them on")
         self.robot = robot = get_robot(config.robot)
         for field in ("rewards", "actor_observations", "critic_observations"):
             for name in getattr(config, field):
@@ -129,6 +133,7 @@ class HumanoidBaseEnv(VectorEnv):
         self._recorded: Recorded | None = None
         self._allocate()
         self._refresh()
+        self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
 
         actor, critic = config.actor_observations, config.critic_observations
         sizes = [OBSERVATIONS[name].compute(self).shape[1] for name in actor]
@@ -349,6 +354,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.commands.follow_heading(self.base_quat_w)
         length = self.episode_length * done
         final_obs, final_critic_obs = obs, critic_obs = self._observations()
+        self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
         info = {
             "_episode": done,
             "episode": {

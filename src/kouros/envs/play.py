@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
-from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.scene import VIEW, Camera, has_display
+from kouros.envs.wrappers import make_policy_env
 from kouros.files import replacing
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
@@ -42,6 +42,7 @@ def write_video(
     size: tuple[int, int] = (640, 480),
     fps: int = 25,
     seed: int = 0,
+    statistics: dict[str, list[float]] | None = None,
 ) -> None:
     """Write an H.264 mp4 of one robot under the policy.
 
@@ -54,6 +55,7 @@ def write_video(
       size: width and height, pixels.
       fps: pictures per second, rounded to a whole number of control steps.
       seed: of the initial state.
+      statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
 
     Raises:
       RuntimeError: this machine can draw nothing; the message says what to install.
@@ -67,7 +69,7 @@ def write_video(
         raise ValueError(f"seconds={seconds}, fps={fps}: must be greater than 0")
     if command and not all(map(math.isfinite, command)):
         raise ValueError(f"command={command}: must be finite")
-    robot = _Single(policy, config, seed)
+    robot = _Single(policy, config, seed, statistics)
     camera = Camera(robot.env.simulation.model, robot.env.robot.base_body, *size)
     dt = config.control_dt
     every = max(1, round(1.0 / (fps * dt)))
@@ -85,9 +87,15 @@ def write_video(
 
 
 def open_viewer(
-    policy: Policy, config: HumanoidEnvConfig, command: Command | None = None, seed: int = 0
+    policy: Policy,
+    config: HumanoidEnvConfig,
+    command: Command | None = None,
+    seed: int = 0,
+    statistics: dict[str, list[float]] | None = None,
 ) -> None:
     """Show one robot under the policy in MuJoCo's viewer, in real time, until the window closes.
+
+    Arguments as :func:`write_video`.
 
     Raises:
       RuntimeError: there is no display.
@@ -96,7 +104,7 @@ def open_viewer(
         raise RuntimeError("viewer: there is no display here; leave --viewer out to write a video")
     import mujoco.viewer
 
-    robot = _Single(policy, config, seed)
+    robot = _Single(policy, config, seed, statistics)
     sim = robot.env.simulation
     data = sim.data(0)
     with mujoco.viewer.launch_passive(sim.model, data, show_left_ui=False, show_right_ui=False) as viewer:
@@ -116,7 +124,13 @@ def open_viewer(
 class _Single:
     """One robot that obeys a command."""
 
-    def __init__(self, policy: Policy, config: HumanoidEnvConfig, seed: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: HumanoidEnvConfig,
+        seed: int,
+        statistics: dict[str, list[float]] | None,
+    ) -> None:
         config = dataclasses.replace(
             config,
             num_envs=1,
@@ -124,10 +138,9 @@ class _Single:
             harness=0.0,
             max_episode_length=10**9,
             resampling_interval=1e6,
-            randomization=CALM,
-            curriculum=CurriculumConfig(),
+            **CALM,
         )
-        self.env = HumanoidBaseEnv(config)
+        self.env = make_policy_env(config, statistics)
         self._policy = policy
         self.env.reset(seed=seed)
 

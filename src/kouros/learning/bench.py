@@ -13,8 +13,8 @@ from rich.table import Table
 
 from kouros.devices import require_cuda
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.scene import CONTACTS
+from kouros.envs.wrappers import make_env
 from kouros.graphs import Recorded
 from kouros.learning.config import PPOConfig
 from kouros.learning.ppo import PPOAgent, mark, seconds_between
@@ -43,7 +43,7 @@ class Bench:
             require_cuda(device)
         free = _free_memory()
         start = time.perf_counter()
-        self.env = env = HumanoidBaseEnv(config, device)
+        self.env = env = make_env(config, device)
         self.build_seconds = time.perf_counter() - start
         self.horizon = (ppo or PPOConfig()).horizon
         generator = torch.Generator(env.device).manual_seed(0)
@@ -58,7 +58,8 @@ class Bench:
         self.bytes_per_world = (free - _free_memory()) / env.num_envs if device != "cpu" else 0.0
         self._agent = PPOAgent(env, ppo)
         sizes = (config.engine, config.num_threads, CONTACTS[config.collisions])
-        self._raw = make_simulation(env.simulation.model, env.num_envs, device, *sizes)
+        rubbing = "friction_loss" in config.randomization.enabled()
+        self._raw = make_simulation(env.simulation.model, env.num_envs, device, *sizes, dry_friction=rubbing)
         self._recorded: Recorded | None = None
 
     def env_steps(self) -> None:
@@ -75,6 +76,7 @@ class Bench:
             states.append(env.simulation.state_dict())
             env.step(action)
         step = self._raw_step
+        self._raw.load_state_dict(states[0])  # what the worlds' models differ in is known before a recording
         if self._raw.device.type == "cuda":
             self._recorded = self._recorded or Recorded(step, self._raw.device, owner=self._raw)
             step = self._recorded.replay

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros.devices import has_gpu, pick_device
-from kouros.envs.config import CALM, CurriculumConfig, HumanoidEnvConfig
+from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract
-from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.wrappers import make_env, make_policy_env
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
@@ -75,12 +75,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         console.print("there is a GPU that cannot be used, kouros doctor says why: training on the CPU")
     if device.startswith("cuda"):
         console.print("on a GPU: the first use on a machine compiles the physics, for two minutes or so")
-    env = HumanoidBaseEnv(config.env, device)
+    env = make_env(config.env, device)
     agent = PPOAgent(env, config.ppo, config.seed)
     if config.resume:
         check_contract(checkpoint.load(path).get("contract"), env, f"checkpoint {path}")
         agent.load_checkpoint(path)
-    extra = {"env": dataclasses.asdict(config.env), "contract": policy_contract(env)}
     write_json(folder / "config.json", {**dataclasses.asdict(config), "run": folder, "steps": steps})
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
@@ -90,6 +89,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     def save() -> None:
         nonlocal saved
         saved = agent.iteration
+        extra = {"env": dataclasses.asdict(config.env), "contract": policy_contract(env)}
         agent.save_checkpoint(path, **extra)
         policy = {**extra, **agent.policy_state()}
         checkpoint.save(folder / "policy.pt", policy)
@@ -400,9 +400,10 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
     """
     content = checkpoint.load(find_policy(path))
     env_config = from_plain(HumanoidEnvConfig, {**content.get("env", {}), "engine": "auto"})
-    alone = {"num_envs": 1, "randomization": CALM, "curriculum": CurriculumConfig()}
-    env = HumanoidBaseEnv(dataclasses.replace(env_config, **alone))
-    check_contract(content.get("contract"), env, f"policy {path}")
+    contract = content.get("contract")
+    statistics = contract.get("statistics") if isinstance(contract, dict) else None
+    env = make_policy_env(dataclasses.replace(env_config, num_envs=1, **CALM), statistics)
+    check_contract(contract, env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])
     weights = content["actor"]
     actor = ActorNetwork(
