@@ -136,7 +136,8 @@ def evaluate_walk(
       seconds: length of an episode.
       seed: of initial states and commands.
       collisions: what touches what, see the config.
-      randomization: what differs from episode to episode, nothing if None; what follows a push within 1 s is not standing.
+      randomization: what differs from episode to episode, nothing if None; what follows a push within
+        1 s is not standing.
       progress: called with (steps done, steps in all).
       statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
     """
