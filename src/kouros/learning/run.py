@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -197,8 +197,14 @@ def from_plain(cls: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := set(values) - known:
         raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**tuples)
+    kinds = get_type_hints(cls)
+
+    def restored(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(kinds[name]):
+            return from_plain(kinds[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: restored(name, value) for name, value in values.items()})
 
 
 class RunLogger:
