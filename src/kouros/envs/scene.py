@@ -15,8 +15,8 @@ from kouros.envs.terrain import add_to, make_terrain
 from kouros.robots import Robot
 
 # The most contacts of one robot. feet: two ends of four capsules; full: 28 were seen on robots that flail
-# on the ground, and the worlds share what they do not use (MuJoCo Warp only). A height field touches a shape in
-# up to four points instead of two: 12 and 36 were seen on robots that flail on the terrain of walk-rough.
+# on the ground, and the worlds share what they do not use (MuJoCo Warp only). A height field touches a
+# capsule in up to four points instead of two: 12 and 36 were seen on robots that flail on rough ground.
 CONTACTS = {"feet": 8, "full": 32}
 ROUGH_CONTACTS = 8
 

@@ -233,9 +233,9 @@ def make_terrain(config: TerrainConfig) -> Terrain:
             f"{MAX_SHAPES} is the limit: take fewer levels or types, or larger stones and treads"
         )
     table = np.array(boxes)
-    floor = min(table[:, 5].min(), *(heights.min() for _, heights in fields), 0.0) - PIT
+    floor = float(min(table[:, 5].min(), *(heights.min() for _, heights in fields), 0.0)) - PIT
     table[:, 4] = np.maximum(table[:, 4], floor)
-    height = np.full(np.round(2.0 * half / RASTER).astype(int), floor, np.float32)
+    height = np.full(np.round(2.0 * half / RASTER).astype(int), -np.inf, np.float32)
 
     def cells(low: float, high: float, axis: int) -> slice:
         """Cells whose middle lies between the two."""
@@ -248,8 +248,10 @@ def make_terrain(config: TerrainConfig) -> Terrain:
     for (x, y), heights in fields:
         place = cells(x - size / 2, x + size / 2, 0), cells(y - size / 2, y + size / 2, 1)
         height[place] = _at_raster(heights).T
-    support = np.where(height > floor, height, 0.0).astype(np.float32)
-    return Terrain(table, fields, floor, centres, half, height, support)
+    hole = np.isinf(height)
+    return Terrain(
+        table, fields, floor, centres, half, np.where(hole, floor, height), np.where(hole, 0.0, height)
+    )
 
 
 def _at_raster(heights: np.ndarray) -> np.ndarray:
