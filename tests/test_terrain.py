@@ -465,7 +465,8 @@ def test_difficulty_goes_from_the_first_figure_to_the_second() -> None:
 
 def test_every_type_is_in_the_task_and_the_config_comes_back_from_a_file() -> None:
     config = walk_rough()
-    assert set(config.terrain.types) == set(TILES)
+    ours = {name for name, function in TILES.items() if function.__module__ == "kouros.envs.terrain"}
+    assert set(config.terrain.types) == ours
     assert from_plain(HumanoidEnvConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 

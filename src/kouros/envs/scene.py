@@ -68,6 +68,7 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     )
     if terrain:
         add_to(spec, terrain, **shared)
+        spec.stat.extent = 1.5  # of the robot, not of the field: what shadows and clipping scale with
     light = mujoco.mjtLightType
     spec.worldbody.add_light(
         type=light.mjLIGHT_DIRECTIONAL, dir=[0, 0, -1], diffuse=[0.3] * 3, castshadow=False
