@@ -20,7 +20,7 @@ from kouros.envs.observations import OBSERVATIONS, SCAN_LIMIT, SCAN_X, SCAN_Y
 from kouros.envs.scene import make_model
 from kouros.envs.terrain import PIT, RASTER, SPAWN_NOISE, TILES, Ground, Terrain, add_to, make_terrain
 from kouros.learning.run import from_plain
-from kouros.physics.rotations import yaw_of
+from kouros.physics.rotations import rotate, yaw_of
 from kouros.physics.simulation import make_simulation
 from kouros.robots.robot import Robot
 from test_warp import NoHost
@@ -375,6 +375,22 @@ class TestLevels:
                     assert now == max(level[i] + move, 0), (step, i)
                 asked[i] = followed[i] = 0.0
         assert min(moves.values()) > 5
+
+    def test_a_fall_leaves_the_rest_of_the_way_undone(self) -> None:
+        """Two robots have followed so far: the one that falls goes down, the one whose time is over stays."""
+        env = make_env(2, terrain=RULE, max_episode_length=40)
+        env.terrain_level.fill_(1)
+        env.set_command(torch.tensor([0.5, 0.0, 0.0]))
+        forward = torch.tensor([[0.5, 0.0, 0.0]]).expand(2, 3)
+        for _ in range(4):
+            env.simulation.qvel[:, :3] = rotate(env.base_quat_w, forward).double()
+            env.step(torch.zeros(2, 29))
+        assert (env._followed > 0.8 * env._asked).all()
+        env.simulation.qpos[0, 3:7] = torch.tensor([0.0, 1, 0, 0]).double()
+        env.episode_length[1] = 39
+        _, _, terminated, truncated, _ = env.step(torch.zeros(2, 29))
+        assert terminated.tolist() == [True, False] and truncated.tolist() == [False, True]
+        assert env.terrain_level.tolist() == [0, 1]
 
     def test_metrics_tell_the_level_of_each_type(self) -> None:
         env = make_env(7, terrain=RULE)

@@ -565,7 +565,7 @@ class HumanoidBaseEnv(VectorEnv):
         """
         config = self.config
         rest = (config.max_episode_length - self.episode_length) * config.control_dt
-        asked = self._asked + self.command[:, :2].norm(dim=-1) * rest * self.fallen
+        asked = self._asked + self.command[:, :2].norm(dim=-1) * rest
         moved = (self.base_pos_w[:, :2] - self.spawn_xy).norm(dim=-1)
         up = (moved > 0.5 * config.terrain.tile_size) & ~self.sick
         down = (self._followed < 0.5 * asked) & ~up
