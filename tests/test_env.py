@@ -13,7 +13,13 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from conftest import make_env, random_actions
-from kouros.envs.config import CurriculumConfig, HumanoidEnvConfig, RandomizationConfig, randomization
+from kouros.envs.config import (
+    CurriculumConfig,
+    HumanoidEnvConfig,
+    RandomizationConfig,
+    TerrainConfig,
+    randomization,
+)
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.rewards import REWARDS, reward
@@ -462,6 +468,7 @@ class TestBadInput:
 
 # A value for each field that must show in what the environment returns.
 OTHER = {
+    "terrain": TerrainConfig(types=("rough",), levels=1),
     "num_envs": 5,
     "timestep": 0.004,
     "frame_skip": 3,

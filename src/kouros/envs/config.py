@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args, get_type_hints
 
 from kouros.checks import check_choice, require, require_numbers
@@ -26,6 +27,18 @@ WALK_REWARDS = {
     "foot_slip": -0.1,
     "joint_velocity": -1e-4,
 }
+
+ROUGH_TYPES = (
+    "flat",
+    "rough",
+    "slope_up",
+    "slope_down",
+    "stairs_up",
+    "stairs_down",
+    "stepping_stones",
+    "obstacles",
+    "gaps",
+)
 
 WALK_POSE_WEIGHTS = {
     "hip_roll": 1.0,
@@ -263,6 +276,69 @@ def randomization(preset: Preset) -> RandomizationConfig:
 
 
 @dataclasses.dataclass
+class TerrainConfig:
+    """The ground: a field of square tiles, a row for each level of difficulty and a column for each type.
+
+    A pair is a figure at difficulty 0 and at difficulty 1. The default is a flat plane."""
+
+    types: tuple[str, ...] = ()
+    """Types of tile, a column each, from flat, rough, slope_up, slope_down, stairs_up, stairs_down,
+    stepping_stones, obstacles and gaps; a type may come more than once. None: a flat plane."""
+    levels: int = 6
+    """Number of levels."""
+    difficulty: tuple[float, float] = (0.0, 1.0)
+    """Difficulty of the first and of the last level."""
+    curriculum: bool = False
+    """Each world begins at the first level, moves up when its robot gets half a tile away from where it
+    began, and down when it does less than half of the way that it was commanded. Off: drawn at each reset."""
+    tile_size: float = 8.0
+    """Side of a tile, m, a multiple of 0.1 m."""
+    platform: float = 2.0
+    """Side of the square in the middle of a tile that is flat (but for rough), m."""
+    border: float = 4.0
+    """Width of the flat border around the field, m; a robot that leaves it starts anew."""
+    seed: int = 0
+    """Seed of what is random in the tiles."""
+    roughness: tuple[float, float] = (0.01, 0.06)
+    """Heights of rough lie between minus and plus this, m."""
+    slope: tuple[float, float] = (0.0, math.radians(25.0))
+    """Slope of slope_up and slope_down, rad."""
+    stair_riser: tuple[float, float] = (0.02, 0.2)
+    """Height of a step of stairs_up and stairs_down, m."""
+    stair_tread: float = 0.3
+    """Depth of a step, m."""
+    stone_size: tuple[float, float] = (0.9, 0.45)
+    """Side of a stepping stone, m, rounded so that a whole number of them fills the tile."""
+    stone_gap: tuple[float, float] = (0.05, 0.2)
+    """Gap between stepping stones, m."""
+    obstacle_height: tuple[float, float] = (0.03, 0.2)
+    """Height of the tallest obstacles, m."""
+    gap_width: tuple[float, float] = (0.05, 0.4)
+    """Width of a gap, m."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(self, "types", isinstance(self.types, tuple | list), "must be a tuple of names")
+        require(self, "levels", self.levels > 0, "must be greater than 0")
+        require(self, "seed", self.seed >= 0, "must not be negative")
+        low, high = self.difficulty
+        require(self, "difficulty", 0 <= low <= high <= 1, "must be (first, last), 0 to 1")
+        require(self, "border", self.border >= 1, "must be at least 1 m")
+        require(self, "platform", self.platform >= 1, "must be at least 1 m: a robot begins there")
+        too_small = "must be at least 2 m more than the platform"
+        require(self, "tile_size", self.tile_size >= self.platform + 2, too_small)
+        for name in ("tile_size", "border"):
+            tenths = 10 * getattr(self, name)
+            require(self, name, abs(tenths - round(tenths)) < 1e-6, "must be a multiple of 0.1 m")
+        for name in ("roughness", "slope", "stair_riser", "stone_gap", "obstacle_height", "gap_width"):
+            require(self, name, min(getattr(self, name)) >= 0, "must not be negative")
+        require(self, "slope", max(self.slope) <= math.radians(60), "must be at most 60 degrees, in rad")
+        for name in ("stair_tread", "stone_size"):
+            least = getattr(self, name) if name == "stair_tread" else min(self.stone_size)
+            require(self, name, least >= 0.1, "must be at least 0.1 m")
+
+
+@dataclasses.dataclass
 class HumanoidEnvConfig:
     """A humanoid that follows velocity commands. The defaults are the task ``walk``."""
 
@@ -288,6 +364,8 @@ class HumanoidEnvConfig:
     """Largest number of line search iterations within one solver iteration."""
     collisions: Literal["feet", "full"] = "feet"
     """feet: the soles against the ground, four points each. full: every shape, and the robot itself."""
+    terrain: TerrainConfig = dataclasses.field(default_factory=TerrainConfig)
+    """The ground, see TerrainConfig; a flat plane by default."""
 
     control_mode: Literal["position", "velocity", "effort"] = "position"
     """What an action asks of the joint servos; see action_scale."""
@@ -427,4 +505,18 @@ class HumanoidEnvConfig:
 # What leaves a robot alone: to be seen and recorded.
 CALM: dict[str, Any] = {"randomization": RandomizationConfig(), "curriculum": CurriculumConfig()}
 
-TASKS = {"walk": HumanoidEnvConfig}
+
+def walk_rough() -> HumanoidEnvConfig:
+    """The task ``walk-rough``: the same robot and commands on nine types of ground, with a level per world.
+
+    The critic sees the ground around the robot, the policy does not: it feels its way.
+    """
+    config = HumanoidEnvConfig(
+        terrain=TerrainConfig(types=ROUGH_TYPES, curriculum=True),
+        swing_height=0.16,
+    )
+    config.critic_observations += ("height_scan",)
+    return config
+
+
+TASKS: dict[str, Callable[[], HumanoidEnvConfig]] = {"walk": HumanoidEnvConfig, "walk-rough": walk_rough}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import mujoco
 import torch
 
-from kouros.envs.config import NOISE, HumanoidEnvConfig, RandomizationConfig
+from kouros.envs.config import NOISE, HumanoidEnvConfig, RandomizationConfig, TerrainConfig
 from kouros.envs.wrappers import Env, make_policy_env
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, yaw_of
 
@@ -122,6 +122,7 @@ def evaluate_walk(
     randomization: RandomizationConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
     statistics: dict[str, list[float]] | None = None,
+    terrain: TerrainConfig | None = None,
 ) -> WalkResult:
     """Run seeded episodes side by side and measure the gait.
 
@@ -140,6 +141,8 @@ def evaluate_walk(
         1 s is not standing.
       progress: called with (steps done, steps in all).
       statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
+      terrain: the ground; a flat plane if None, whatever ``config`` trained on. A robot that leaves the
+        field goes on from another first state.
     """
     task = HumanoidEnvConfig()
     steps = math.ceil(seconds / config.control_dt)
@@ -151,6 +154,7 @@ def evaluate_walk(
         standing_fraction=STANDING_SHARE,
         collisions=collisions,
         randomization=randomization or RandomizationConfig(),
+        terrain=terrain or TerrainConfig(),
         **{name: getattr(task, name) for name in FIXED},
     )
     env = make_policy_env(config, statistics)
@@ -260,6 +264,7 @@ class _Soles:
 
     def __init__(self, env: Env) -> None:
         model, sim = env.simulation.model, env.simulation
+        self._env = env
         self._feet = []
         for body in env.robot.foot_bodies:
             geoms = [
@@ -275,10 +280,12 @@ class _Soles:
         self._rotation = sim.field("geom_xmat")
 
     def clearance(self) -> torch.Tensor:
-        """Height of each foot's lowest point above flat ground, m, ``(num_worlds, 2)``."""
-        lowest = [
-            # A capsule's axis is the z axis of its frame: its height above the middle is R[2, 2] l.
-            (self._position[:, geoms, 2] - self._rotation[:, geoms, 8].abs() * half_length - radius).amin(-1)
-            for geoms, radius, half_length in self._feet
-        ]
+        """Height of each foot's lowest point above the ground, m, ``(num_worlds, 2)``."""
+        lowest = []
+        for geoms, radius, half_length in self._feet:
+            # A capsule's axis is the z axis of its frame, the third column of its rotation.
+            along = self._rotation[:, geoms][..., 2::3] * half_length.unsqueeze(-1)
+            ends = torch.stack((self._position[:, geoms] + along, self._position[:, geoms] - along))
+            above = ends[..., 2] - radius - self._env.support_at(ends[..., :2])
+            lowest.append(above.amin(-1).amin(0))
         return torch.stack(lowest, dim=-1).float()

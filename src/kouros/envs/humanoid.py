@@ -18,10 +18,11 @@ from kouros.envs.actuators import Actuators
 from kouros.envs.commands import VelocityCommands
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.curriculum import RunningCurriculum
-from kouros.envs.observations import OBSERVATIONS, reflection
+from kouros.envs.observations import OBSERVATIONS, SCAN_X, SCAN_Y, reflection
 from kouros.envs.randomization import DomainRandomizer
 from kouros.envs.rewards import REWARDS
-from kouros.envs.scene import CONTACTS, Camera, make_model
+from kouros.envs.scene import Camera, make_model, room_for_contacts
+from kouros.envs.terrain import SPAWN_NOISE, Ground, make_terrain
 from kouros.graphs import Recorded, is_recording
 from kouros.physics.articulation import ArticulationView
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, up_in_body
@@ -31,6 +32,9 @@ from kouros.threads import torch_threads
 
 # A number read from a world beyond this (SI units), or NaN, is a sick world, not a robot.
 SICK = 1e6
+
+# The base of a robot this near to the end of a terrain (m) is taken as leaving it.
+EDGE = 0.5
 
 # The harness at full strength: torque per sine of the tilt (N m), its damping (N m s) and force per
 # height missing (N/m). A fall strengthens it by HARNESS_STEP.
@@ -46,7 +50,8 @@ class HumanoidBaseEnv(VectorEnv):
     **Step.** ``step(actions)`` takes ``(num_envs, num_joints)`` float32 and returns the five-tuple
     ``(observations, rewards, terminations, truncations, infos)`` of tensors: actor observations
     ``(num_envs, obs_dim)`` float32, rewards ``(num_envs,)`` float32, two ``(num_envs,)`` bool. A
-    termination is a fall (or a world whose state went non-finite); a truncation is the end of time.
+    termination is a fall (or a world whose state went non-finite); a truncation is the end of time, or
+    of the terrain.
 
     **Reset.** Autoreset is same-step: where an episode ends, the returned observation is the first
     of the next episode and ``infos["final_obs"]`` (``infos["final_critic_obs"]``) holds the last of
@@ -55,11 +60,11 @@ class HumanoidBaseEnv(VectorEnv):
     are, bit for bit.
 
     **Info**, all tensors: ``critic_obs`` ``(num_envs, critic_dim)``, the actor's observation followed
-    by what only a simulation knows; ``height`` (m); ``forward_velocity`` (m/s, base frame);
-    ``episode`` with ``r`` (sum of rewards), ``l`` (steps) and ``t`` (simulated seconds) where
-    ``_episode`` is true, zero elsewhere; ``metrics`` ``(len(metric_names), num_envs)``: reward terms times
-    their weights, tracking errors (m/s, rad/s), harness, and 1 where the world was sick, and where the
-    engine ever lacked room for its contacts.
+    by what only a simulation knows; ``height`` (of the base above the ground, m); ``forward_velocity``
+    (m/s, base frame); ``episode`` with ``r`` (sum of rewards), ``l`` (steps) and ``t`` (simulated seconds)
+    where ``_episode`` is true, zero elsewhere; ``metrics`` ``(len(metric_names), num_envs)``: reward terms
+    times their weights, tracking errors (m/s, rad/s), harness, 1 where the world was sick, and where the
+    engine ever lacked room for its contacts, and the terrain's levels.
 
     **Observations** are concatenated terms of ``config.actor_observations``, see
     :mod:`kouros.envs.observations`; rewards are weighted terms of ``config.rewards``, see
@@ -83,6 +88,13 @@ class HumanoidBaseEnv(VectorEnv):
       harness: ``(num_envs,)`` in [0, 1], how much each world's training harness still holds.
       until_push: ``(num_envs,)`` time until the next push, s (with ``push_velocity``).
       randomization: what was drawn for each world; the observations below are true, the policy's are not.
+      base_height, foot_height: ``(num_envs,)`` and ``(num_envs, 2)``, heights above the ground under the
+        base and under each foot, m, with holes in the ground taken as filled.
+      ground: heights of the terrain, None on a flat plane; :meth:`height_at` asks either.
+      terrain_type, terrain_level: ``(num_envs,)`` int, column and row of the tile where each world's
+        episodes begin.
+      max_terrain_level: scalar, the highest level that worlds are given; write it in place.
+      spawn_xy: ``(num_envs, 2)``, where the base was at the reset, m, world frame (with a terrain).
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
       final_joint_pos, final_base_lin_vel_b: ``joint_pos`` and ``base_lin_vel_b`` before the last step
@@ -119,10 +131,13 @@ class HumanoidBaseEnv(VectorEnv):
             device,
             config.engine,
             config.num_threads,
-            CONTACTS[config.collisions],
+            room_for_contacts(config),
             dry_friction="friction_loss" in config.randomization.enabled(),
         )
         self.device = self.simulation.device
+        self.ground: Ground | None = None
+        if config.terrain.types:
+            self.ground = Ground(make_terrain(config.terrain), self.device)
         self.pose_weights = torch.tensor(pose_weights, device=self.device)
         self.articulation = ArticulationView(self.simulation, robot)
         self.num_envs = config.num_envs
@@ -192,6 +207,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.foot_vel_w = sensor(f"{left}_velocity", 2, 3)
         self.foot_force_w = sensor(f"{left}_contact", 2, 4)[:, :, 1:]
         self._foot_contacts = sensor(f"{left}_contact", 2, 4)[:, :, 0]
+        self.base_height, self.foot_height = self.base_pos_w[:, 2], self.foot_pos_w[:, :, 2]
 
         self.default_joint_pos = constant(robot.default_joint_pos)
         self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
@@ -220,6 +236,18 @@ class HumanoidBaseEnv(VectorEnv):
         low[moving], high[moving] = config.randomization.initial_velocity
         self._initial_low, self._initial_range = constant(low), constant(high - low)
 
+        terrain = config.terrain
+        self.max_terrain_level = torch.tensor(float(terrain.levels - 1), device=self.device)
+        self.terrain_level, self._asked, self._followed = zeros(dtype=torch.int64), zeros(), zeros()
+        self.terrain_type = torch.arange(n, device=self.device) % max(1, len(terrain.types))
+        self.spawn_xy = zeros(2)
+        self.scan_points = constant(np.stack(np.meshgrid(SCAN_X, SCAN_Y, indexing="ij"))).flatten(1)
+        names = [terrain.types[i] for i in self.terrain_type.tolist()] if terrain.types else []
+        # A mean over all worlds is to be the mean over the worlds of a type.
+        self._level_scale = {
+            name: constant([(x == name) * n / names.count(name) for x in names])
+            for name in dict.fromkeys(names)
+        }
         offset, scale = {
             "position": (robot.default_joint_pos, robot.action_scale),
             "velocity": (np.zeros(robot.num_joints), np.ones(robot.num_joints)),
@@ -233,7 +261,8 @@ class HumanoidBaseEnv(VectorEnv):
             raise ValueError(f"robot={robot.name!r}: joint_names must be in the order of the model's joints")
 
         rewards = config.rewards
-        self._metric_scale = constant([*rewards.values(), 1.0, 1.0, 1.0, 1.0, 1.0]).unsqueeze(-1)
+        others = 5 + bool(names) + len(self._level_scale)
+        self._metric_scale = constant([*rewards.values(), *[1.0] * others]).unsqueeze(-1)
         self.metric_names = (
             *(f"reward/{name}" for name in rewards),
             "task/velocity_error",
@@ -241,6 +270,8 @@ class HumanoidBaseEnv(VectorEnv):
             "task/harness",
             "task/sick_worlds",
             "task/overflown_worlds",
+            *["task/terrain_level"][: len(names)],
+            *(f"task/level_{name}" for name in self._level_scale),
         )
 
     def reset(
@@ -249,8 +280,8 @@ class HumanoidBaseEnv(VectorEnv):
         """Start episodes anew, in all worlds or where ``options["reset_mask"]`` is true.
 
         Args:
-          seed: restarts the random generator, the harness and the curriculum: the same seed gives the
-            same episodes. Until the first seed the generator starts anywhere.
+          seed: restarts the random generator, the harness, the curriculum and the terrain levels: the same
+            seed gives the same episodes. Until the first seed the generator starts anywhere.
           options: ``{"reset_mask": bool (num_envs,)}`` or None.
 
         Raises:
@@ -272,6 +303,7 @@ class HumanoidBaseEnv(VectorEnv):
             self.harness.masked_fill_(mask, self.config.harness)
             if self.curriculum:
                 self.curriculum.restart()
+            self.terrain_level.masked_fill_(mask, 0)
         self._begin_episodes(mask)
         self._refresh()
         self.commands.resample(mask, self.base_quat_w)
@@ -336,7 +368,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.fallen = (
             self.sick
             | (self.projected_gravity[:, 2] > -math.cos(config.fall_tilt))
-            | (self.base_pos_w[:, 2] < config.fall_height)
+            | (self.base_height < config.fall_height)
         )
         if config.harness:
             # Up with a fall and down with time: steady where falls are harness_fall_time apart.
@@ -344,7 +376,11 @@ class HumanoidBaseEnv(VectorEnv):
             self.harness -= HARNESS_STEP * config.control_dt / config.harness_fall_time
             self.harness.clamp_(0.0, config.harness)
         terminations = self.fallen
-        truncations = (self.episode_length >= config.max_episode_length) & ~terminations
+        over = self.episode_length >= config.max_episode_length
+        if self.ground is not None:
+            over = over | (self.base_pos_w[:, :2].abs() > self.ground.edge - EDGE).any(-1)
+            self._follow()
+        truncations = over & ~terminations
         done = terminations | truncations
         rewards, metrics = self._rewards()
         self._episode_return += rewards
@@ -374,6 +410,8 @@ class HumanoidBaseEnv(VectorEnv):
             if sim.may_have(pushed):
                 self._push(pushed)
         if sim.may_have(done):
+            if config.terrain.curriculum:
+                self._change_levels(done)
             self._begin_episodes(done)
         if sim.may_have(changed):
             self._refresh()
@@ -388,7 +426,7 @@ class HumanoidBaseEnv(VectorEnv):
     def _info(self, critic_obs: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
             "critic_obs": critic_obs,
-            "height": self.base_pos_w[:, 2].clone(),
+            "height": self.base_height.clone(),
             "forward_velocity": self.base_lin_vel_b[:, 0].clone(),
         }
 
@@ -402,6 +440,18 @@ class HumanoidBaseEnv(VectorEnv):
         self.projected_gravity = -self.base_up_b
         self.base_lin_vel_b = rotate_inverse(self.base_quat_w, self.base_lin_vel_w)
         self.foot_contact = (self._foot_contacts > 0).float()
+        if self.ground is not None:
+            points = torch.cat((self.base_pos_w.unsqueeze(1), self.foot_pos_w), dim=1)
+            height = points[..., 2] - self.ground.support_at(points[..., :2])
+            self.base_height, self.foot_height = height[:, 0], height[:, 1:]
+
+    def height_at(self, xy: torch.Tensor) -> torch.Tensor:
+        """Height of the ground, m, ``(...)``, at points ``(..., 2)`` of the world frame: what a ray hits."""
+        return torch.zeros_like(xy[..., 0]) if self.ground is None else self.ground.height_at(xy)
+
+    def support_at(self, xy: torch.Tensor) -> torch.Tensor:
+        """The same with holes in the ground filled up: what :attr:`base_height` counts from."""
+        return torch.zeros_like(xy[..., 0]) if self.ground is None else self.ground.support_at(xy)
 
     def _gait(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether each foot should be in the air now, and how high (m), ``(num_envs, 2)`` each."""
@@ -430,7 +480,9 @@ class HumanoidBaseEnv(VectorEnv):
         error = (self.command - self.velocity).square()
         speed_error, yaw_error = error[:, :2].sum(-1).sqrt(), error[:, 2].sqrt()
         wrong = (self.sick.float(), self.simulation.overflow().float())
-        columns = torch.stack([*terms, speed_error, yaw_error, self.harness, *wrong])
+        level = self.terrain_level.float()
+        levels = [level, *(level * scale for scale in self._level_scale.values())] if self.ground else []
+        columns = torch.stack([*terms, speed_error, yaw_error, self.harness, *wrong, *levels])
         metrics = columns * self._metric_scale
         # What a sick world did is nobody's merit or fault.
         total = metrics[: len(terms)].sum(0).masked_fill_(self.sick, 0.0)
@@ -447,7 +499,7 @@ class HumanoidBaseEnv(VectorEnv):
         sine = 2.0 * torch.stack((y * z - w * x, -x * z - w * y), dim=-1)
         rate = rotate(self.base_quat_w, self.base_ang_vel_b)[:, :2]
         torque = HARNESS_TORQUE * sine - HARNESS_DAMPING * rate
-        low = (self.config.target_height - self.base_pos_w[:, 2:3]).clamp(min=0.0)
+        low = (self.config.target_height - self.base_height.unsqueeze(-1)).clamp(min=0.0)
         pull = torch.cat((HARNESS_FORCE * low, torque), dim=-1)
         self._harness_wrench.copy_(pull * self.harness.unsqueeze(-1))
 
@@ -485,6 +537,8 @@ class HumanoidBaseEnv(VectorEnv):
         draw = self._uniform(2 + len(self._initial_low))
         state = torch.addcmul(self._initial_low, self._initial_range, draw[:, 2:])
         state[:, 3:7] = quat_from_yaw((2.0 * torch.pi) * draw[:, 0])
+        if self.ground is not None:
+            state[:, :3] += self._first_positions(self.ground, mask)
         qpos, qvel = state.to(sim.dtype).split([sim.model.nq, sim.model.nv], dim=1)
         sim.reset(mask)
         self._randomize(mask)
@@ -511,6 +565,9 @@ class HumanoidBaseEnv(VectorEnv):
                 targets[f"{name}_variance"] = functools.partial(randomization.set_scale, name)
         if self.config.randomization.push_velocity[1]:
             targets["push_frequency"] = functools.partial(randomization.set_scale, "push_frequency")
+        if self.config.terrain.levels > 1 and self.ground is not None:
+            highest = self.config.terrain.levels - 1
+            targets["terrain_difficulty"] = lambda share: self.max_terrain_level.fill_(share * highest)
         return targets
 
     def advance_curriculum(self) -> dict[str, float]:
@@ -527,6 +584,45 @@ class HumanoidBaseEnv(VectorEnv):
             self.randomization.apply_to_robot(mask)
             delay = drawn.get("action_delay")
         self.actuators.begin(mask, self.action_offset, delay)
+
+    def _first_positions(self, ground: Ground, mask: torch.Tensor) -> torch.Tensor:
+        """Where episodes begin, ``(num_envs, 3)``, on the tiles of each world's level and type."""
+        if not self.config.terrain.curriculum:
+            self.terrain_level.copy_(torch.where(mask, self._any_level(), self.terrain_level))
+        centre = ground.centres[self.terrain_level, self.terrain_type]
+        xy = centre + SPAWN_NOISE * (2.0 * self._uniform(2) - 1.0)
+        self.spawn_xy.copy_(torch.where(mask.unsqueeze(-1), xy, self.spawn_xy))
+        self._asked.masked_fill_(mask, 0.0)
+        self._followed.masked_fill_(mask, 0.0)
+        return torch.cat((xy, ground.highest_around(xy).unsqueeze(-1)), dim=-1)
+
+    def _any_level(self) -> torch.Tensor:
+        return (self._uniform(1)[:, 0] * (self.max_terrain_level.floor() + 1.0)).long()
+
+    def _follow(self) -> None:
+        """Count how far (m) the commands of the episode go, and how far the robot went their way."""
+        command = self.command[:, :2]
+        speed = command.norm(dim=-1)
+        along = (self.velocity[:, :2] * command).sum(-1) / speed.clamp(min=1e-6)
+        self._asked.add_(speed, alpha=self.config.control_dt)
+        self._followed.add_(along, alpha=self.config.control_dt)
+
+    def _change_levels(self, done: torch.Tensor) -> None:
+        """Promotion by distance, as in Rudin et al. 2022 (arXiv 2109.11978).
+
+        Up a level where the robot ends more than half a tile from where it began; down where it went less
+        than half of the way that its commands asked for, the rest of an episode cut short by a fall
+        included. Whoever has solved the highest level gets any.
+        """
+        config = self.config
+        rest = (config.max_episode_length - self.episode_length) * config.control_dt
+        asked = self._asked + self.command[:, :2].norm(dim=-1) * rest
+        moved = (self.base_pos_w[:, :2] - self.spawn_xy).norm(dim=-1)
+        up = (moved > 0.5 * config.terrain.tile_size) & ~self.sick
+        down = (self._followed < 0.5 * asked) & ~up
+        level = self.terrain_level + up.long() - down.long()
+        level = torch.where(level > self.max_terrain_level, self._any_level(), level.clamp(min=0))
+        self.terrain_level.copy_(torch.where(done, level, self.terrain_level))
 
     def render(self, world: int = 0) -> np.ndarray:  # type: ignore[override]
         """A picture of one world, RGB ``(480, 640, 3)`` uint8.
@@ -590,6 +686,11 @@ _STATE = (
     "_episode_return",
     "harness",
     "until_push",
+    "terrain_level",
+    "max_terrain_level",
+    "spawn_xy",
+    "_asked",
+    "_followed",
 )
 
 

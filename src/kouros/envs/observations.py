@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from kouros.physics.rotations import yaw_of
 from kouros.robots import Robot
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 # scalar: unchanged. vector: y changes sign. pseudovector: x and z change sign (a rotation).
 # command: (vx, vy, yaw rate). negate: all change sign. joints: the robot's mirror pairs. joint_pairs: the
 # same for what has no direction, such as gains. bodies, feet: left and right exchange.
-# randomization: by its terms.
+# scan: rows of the height scan, each from right to left. randomization: by its terms.
 Mirror = Literal[
     "scalar",
     "vector",
@@ -32,8 +33,14 @@ Mirror = Literal[
     "joint_pairs",
     "bodies",
     "feet",
+    "scan",
     "randomization",
 ]
+
+# Points of the height scan: forward and to the left of the base, m.
+SCAN_X = tuple(round(0.15 * i - 0.45, 2) for i in range(11))
+SCAN_Y = (-0.4, -0.2, 0.0, 0.2, 0.4)
+SCAN_LIMIT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ def mean_velocity(env: HumanoidBaseEnv) -> torch.Tensor:
 @observation(mirror="scalar")
 def base_height(env: HumanoidBaseEnv) -> torch.Tensor:
     """Height of the base above the ground, m."""
-    return env.base_pos_w[:, 2:3]
+    return env.base_height.unsqueeze(-1)
 
 
 @observation(mirror="scalar")
@@ -128,7 +135,7 @@ def harness(env: HumanoidBaseEnv) -> torch.Tensor:
 @observation(mirror="feet")
 def foot_height(env: HumanoidBaseEnv) -> torch.Tensor:
     """Height of each foot above the ground, m."""
-    return env.foot_pos_w[:, :, 2]
+    return env.foot_height
 
 
 @observation(mirror="feet")
@@ -141,6 +148,17 @@ def foot_contact(env: HumanoidBaseEnv) -> torch.Tensor:
 def foot_force(env: HumanoidBaseEnv) -> torch.Tensor:
     """Vertical force of the ground on each foot, in units of the robot's weight."""
     return env.foot_force_w[:, :, 2] / env.weight
+
+
+@observation(mirror="scan")
+def height_scan(env: HumanoidBaseEnv) -> torch.Tensor:
+    """Height of the ground at SCAN_X x SCAN_Y about the base, turned with its heading, above where the
+    feet of a robot that stands upright would be, m, within +- SCAN_LIMIT: vertical rays from above."""
+    yaw = yaw_of(env.base_quat_w).unsqueeze(-1)
+    cos, sin, (x, y) = torch.cos(yaw), torch.sin(yaw), env.scan_points
+    base = env.base_pos_w.unsqueeze(1)
+    points = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1) + base[..., :2]
+    return (env.height_at(points) - base[..., 2] + env.robot.base_height).clamp(-SCAN_LIMIT, SCAN_LIMIT)
 
 
 @observation(mirror="randomization")
@@ -166,6 +184,7 @@ def reflection(
     Returns:
       ``index`` (int64) and ``sign`` (float32), each ``(sum(sizes),)``.
     """
+    scan = torch.arange(len(SCAN_X) * len(SCAN_Y)).view(len(SCAN_X), len(SCAN_Y))
     known: dict[str, tuple] = {
         "vector": ([0, 1, 2], [1, -1, 1]),
         "pseudovector": ([0, 1, 2], [-1, 1, -1]),
@@ -173,6 +192,7 @@ def reflection(
         "joints": (robot.mirror_joint, robot.mirror_sign),
         "joint_pairs": (robot.mirror_joint, [1] * robot.num_joints),
         "feet": ([1, 0], [1, 1]),
+        "scan": (scan.flip(1).flatten().tolist(), [1] * scan.numel()),
         **(rules or {}),
     }
     index, sign, start = [], [], 0

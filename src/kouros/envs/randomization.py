@@ -11,6 +11,7 @@ from kouros.checks import check_choice
 from kouros.envs.actuators import MOTOR_TERMS, Actuators
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.observations import OBSERVATIONS, reflection
+from kouros.envs.scene import ground_geoms
 from kouros.physics.cpu import CpuSimulation
 from kouros.robots.robot import mirror_pairs
 
@@ -148,17 +149,10 @@ class DomainRandomizer:
         if any(term in on for term in INERTIAL):
             fields |= {name: sim.model_field(name) for name in sim.derived}
         if "friction" in on:
-            fields["friction"] = sim.model_field("geom_friction")[:, self._ground(), 0]
+            fields["friction"] = sim.model_field("geom_friction")[:, ground_geoms(sim.model), 0]
         if any(term in on for term in MOTOR_TERMS):
             fields |= self._actuators.parameters()
         return fields
-
-    def _ground(self) -> slice:
-        """The geoms of the ground and the terrain, which lie in a row."""
-        model = self.simulation.model
-        ids = [g for g in range(model.ngeom) if model.geom(g).name.startswith(("ground", "terrain"))]
-        assert ids == list(range(ids[0], ids[-1] + 1))
-        return slice(ids[0], ids[-1] + 1)
 
     def _draw_population(self) -> None:
         """Draw the robots, and make of them what the simulation needs; in the same memory each time."""

@@ -47,7 +47,7 @@ def gait_contact(env: HumanoidBaseEnv) -> torch.Tensor:
 @reward
 def gait_height(env: HumanoidBaseEnv) -> torch.Tensor:
     """exp(-sum over feet of (height - the clock's swing height)^2 / 0.005 m^2)."""
-    error = (env.foot_pos_w[:, :, 2] - env.swing_height).square().sum(-1)
+    error = (env.foot_height - env.swing_height).square().sum(-1)
     return torch.exp(-error / 0.005)
 
 
@@ -67,7 +67,7 @@ def tilt(env: HumanoidBaseEnv) -> torch.Tensor:
 @reward
 def base_height(env: HumanoidBaseEnv) -> torch.Tensor:
     """Squared height missing to ``target_height``, m^2."""
-    return (env.config.target_height - env.base_pos_w[:, 2]).clamp(min=0.0).square()
+    return (env.config.target_height - env.base_height).clamp(min=0.0).square()
 
 
 @reward

@@ -5,20 +5,34 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import mujoco
 import numpy as np
 
 from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.terrain import add_to, make_terrain
 from kouros.robots import Robot
 
 # The most contacts of one robot. feet: two ends of four capsules; full: 28 were seen on robots that flail
-# on the ground, and the worlds share what they do not use (MuJoCo Warp only).
+# on the ground, and the worlds share what they do not use (MuJoCo Warp only). A height field touches a
+# capsule in up to four points instead of two: 12 and 36 were seen on robots that flail on rough ground.
 CONTACTS = {"feet": 8, "full": 32}
+ROUGH_CONTACTS = 8
+
+
+def room_for_contacts(config: HumanoidEnvConfig) -> int:
+    """The most contacts of one robot of that config, on average over many."""
+    return CONTACTS[config.collisions] + (ROUGH_CONTACTS if config.terrain.types else 0)
+
+
+def ground_geoms(model: mujoco.MjModel) -> slice:
+    """The world body's shapes, which come first in a model: the ground's plane, then the terrain's."""
+    return slice(0, int(model.body_geomnum[0]))
 
 
 def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
-    """The compiled model of one world: the robot on flat ground, with the config's physics options."""
+    """The compiled model of one world: the robot on its ground, with the config's physics options."""
     explicit = config.actuator == "explicit"
     spec = robot.spec("effort" if explicit else config.control_mode, config.collisions)
     for motor in spec.actuators if explicit else ():
@@ -45,16 +59,24 @@ def make_model(robot: Robot, config: HumanoidEnvConfig) -> mujoco.MjModel:
     )
     ground = spec.add_material(name="ground", texrepeat=[1, 1], texuniform=True)
     ground.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "ground"
+    shared: dict[str, Any] = {
+        "material": "ground",
+        "contype": 1,
+        "conaffinity": 0,
+        "friction": [1.0, 0.005, 0.0001],
+        "priority": 1,  # the ground's friction counts, not the larger of the two
+    }
+    terrain = make_terrain(config.terrain) if config.terrain.types else None
     spec.worldbody.add_geom(
         name="ground",
         type=mujoco.mjtGeom.mjGEOM_PLANE,
         size=[0, 0, 0.05],
-        material="ground",
-        contype=1,
-        conaffinity=0,
-        friction=[1.0, 0.005, 0.0001],
-        priority=1,  # the ground's friction counts, not the larger of the two
+        pos=[0, 0, terrain.floor if terrain else 0],
+        **shared,
     )
+    if terrain:
+        add_to(spec, terrain, **shared)
+        spec.stat.extent = 1.5  # of the robot, not of the field: what shadows and clipping scale with
     light = mujoco.mjtLightType
     spec.worldbody.add_light(
         type=light.mjLIGHT_DIRECTIONAL, dir=[0, 0, -1], diffuse=[0.3] * 3, castshadow=False
@@ -109,13 +131,15 @@ class Camera:
         self._renderer = _make_renderer(model, width, height)
         self._base = base
         self._camera = mujoco.MjvCamera()
+        self._flat = model.body_geomnum[0] == 1  # the plane alone
         self._camera.distance, self._camera.azimuth, self._camera.elevation = VIEW
         # Reflections cost a second pass, and software renderers have little to give.
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
 
     def picture(self, data: mujoco.MjData) -> np.ndarray:
         """RGB, ``(height, width, 3)`` uint8."""
-        self._camera.lookat = data.body(self._base).xpos * [1, 1, 0] + [0, 0, 0.65]
+        x, y, z = data.body(self._base).xpos
+        self._camera.lookat = [x, y, 0.65 if self._flat else z - 0.1]
         self._renderer.update_scene(data, self._camera)
         return self._renderer.render()
 

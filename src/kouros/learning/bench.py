@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kouros.devices import require_cuda
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.scene import CONTACTS
+from kouros.envs.scene import room_for_contacts
 from kouros.envs.wrappers import make_env
 from kouros.graphs import Recorded
 from kouros.learning.config import PPOConfig
@@ -57,7 +57,7 @@ class Bench:
         self.first_step_seconds = time.perf_counter() - start
         self.bytes_per_world = (free - _free_memory()) / env.num_envs if device != "cpu" else 0.0
         self._agent = PPOAgent(env, ppo)
-        sizes = (config.engine, config.num_threads, CONTACTS[config.collisions])
+        sizes = (config.engine, config.num_threads, room_for_contacts(config))
         rubbing = "friction_loss" in config.randomization.enabled()
         self._raw = make_simulation(env.simulation.model, env.num_envs, device, *sizes, dry_friction=rubbing)
         self._recorded: Recorded | None = None
