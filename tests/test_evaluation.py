@@ -95,7 +95,7 @@ def test_no_policy_softens_its_own_test() -> None:
 
 def test_what_could_not_be_measured_is_missed() -> None:
     good = {name: low for name, (_, _, low, _) in WalkResult.BAR.items()}
-    rest = {"episodes": 1, "seconds": 1.0, "survival_low": 1.0, "survival_high": 1.0}
+    rest = {"episodes": 1, "seconds": 1.0, "survival_low": 1.0, "survival_high": 1.0, "crossed": 1.0}
     assert WalkResult(**good, **rest).failures() == []
     for name in good:
         assert WalkResult(**{**good, name: math.nan}, **rest).failures() == [name]

@@ -39,9 +39,9 @@ class Eval:
     """Seed of initial states and commands."""
     collisions: Literal["feet", "full"] = "feet"
     """feet: as in training. full: every shape of the robot, with the ground and with itself."""
-    suite: Literal["walk", "robust"] = "walk"
+    suite: Literal["walk", "robust", "rough"] = "walk"
     """walk: the walking test. robust: the same under ten conditions, heavier to pushed, one at a time and all
-    together."""
+    together. rough: straight ahead on slopes, stairs and more."""
     randomization: RandomizationConfig = dataclasses.field(default_factory=RandomizationConfig)
     """What differs from episode to episode, in the suite walk."""
     output: Path | None = None
@@ -127,19 +127,21 @@ def evaluate(config: Eval) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from kouros.envs.evaluation import ROBUST, evaluate_walk
+    from kouros.envs.evaluation import ROBUST, ROUGH, evaluate_walk, rough_field
     from kouros.files import write_json
     from kouros.learning.run import load_policy
 
     actor, env_config, contract = load_policy(config.policy)
     output = config.output or _beside(config.policy, "eval.json")
-    conditions = {"": config.randomization}
+    conditions: dict[str, dict[str, Any]] = {"": {"randomization": config.randomization}}
     if config.suite == "robust":
-        conditions = {name: RandomizationConfig(**terms) for name, terms in ROBUST.items()}
+        conditions = {name: {"randomization": RandomizationConfig(**terms)} for name, terms in ROBUST.items()}
+    elif config.suite == "rough":
+        conditions = {name: {"terrain": rough_field(name), "straight": True} for name in ROUGH}
     results: dict[str, WalkResult] = {}
     with Progress(transient=True) as progress:
         task = progress.add_task(f"{config.episodes} episodes of {config.seconds:g} s")
-        for i, (name, randomization) in enumerate(conditions.items()):
+        for i, (name, condition) in enumerate(conditions.items()):
 
             def report(done: int, total: int, before: int = i) -> None:
                 progress.update(task, completed=before * total + done, total=len(conditions) * total)
@@ -151,17 +153,13 @@ def evaluate(config: Eval) -> None:
                 config.seconds,
                 config.seed,
                 config.collisions,
-                randomization,
-                report,
-                contract.get("statistics"),
+                progress=report,
+                statistics=contract.get("statistics"),
+                **condition,
             )
     test = {name: getattr(config, name) for name in ("policy", "seed", "collisions", "suite")}
     plain = {
-        name: {
-            **dataclasses.asdict(result),
-            "failures": result.failures(),
-            "randomization": dataclasses.asdict(conditions[name]),
-        }
+        name: {**dataclasses.asdict(result), "failures": result.failures()}
         for name, result in results.items()
     }
     write_json(output, {**test, **(plain[""] if config.suite == "walk" else {"conditions": plain})})
@@ -193,12 +191,13 @@ def _suite_table(results: dict[str, WalkResult], config: Eval) -> Table:
     from rich.table import Table
 
     table = Table("condition", title=f"{config.policy}, {config.episodes} episodes each")
-    for title in ("without a fall", "95 % interval", "velocity error (m/s)", "yaw rate error (rad/s)"):
+    titles = ("without a fall", "95 % interval", "velocity error (m/s)", "yaw rate error (rad/s)")
+    for title in (*titles, "and 4 m away")[: 5 if config.suite == "rough" else 4]:
         table.add_column(title, justify="right")
     for name, r in results.items():
         interval = f"{100 * r.survival_low:.1f} to {100 * r.survival_high:.1f}"
-        figures = (f"{r.velocity_error:.3f}", f"{r.yaw_rate_error:.3f}")
-        table.add_row(name, f"{100 * r.survival:.1f} %", interval, *figures)
+        figures = (f"{r.velocity_error:.3f}", f"{r.yaw_rate_error:.3f}", f"{100 * r.crossed:.1f} %")
+        table.add_row(name, f"{100 * r.survival:.1f} %", interval, *figures[: len(table.columns) - 3])
     return table
 
 

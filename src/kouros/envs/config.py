@@ -507,13 +507,25 @@ CALM: dict[str, Any] = {"randomization": RandomizationConfig(), "curriculum": Cu
 
 
 def walk_rough() -> HumanoidEnvConfig:
-    """The task ``walk-rough``: the same robot and commands on nine types of ground, with a level per world.
+    """The task ``walk-rough``: the same robot on nine types of ground, with a level per world.
 
-    The critic sees the ground around the robot, the policy does not: it feels its way.
+    The critic sees the ground around the robot, the policy does not: it lifts its feet high and feels its
+    way. Most commands ask for a heading: who walks straight meets what there is.
     """
     config = HumanoidEnvConfig(
-        terrain=TerrainConfig(types=ROUGH_TYPES, curriculum=True),
+        terrain=TerrainConfig(
+            types=ROUGH_TYPES,
+            curriculum=True,
+            slope=(0.0, math.radians(20.0)),
+            stair_riser=(0.02, 0.16),
+            obstacle_height=(0.03, 0.15),
+            stone_gap=(0.03, 0.15),
+            gap_width=(0.03, 0.25),
+        ),
         swing_height=0.16,
+        heading_fraction=0.8,
+        standing_fraction=0.1,
+        resampling_interval=10.0,
     )
     config.critic_observations += ("height_scan",)
     return config

@@ -20,6 +20,8 @@ MOVING_SPEED = 0.3
 # Share of commands that are zero, and the time a robot has to come to a halt.
 STANDING_SHARE = 0.1
 HALT_TIME = 1.0
+# Half a tile, m: what there is to climb lies within.
+CROSSED = 4.0
 # What the test takes from the task, so that no policy sets its own exam.
 FIXED = (
     "command_vx",
@@ -59,6 +61,39 @@ ROBUST: dict[str, dict[str, Any]] = {
 }
 
 
+# Ground of `kouros eval --suite rough`, each on a field of its own.
+ROUGH: dict[str, dict[str, Any]] = {
+    "flat": {"types": ("flat",)},
+    "rough, 5 cm": {"types": ("rough",), "roughness": (0.05, 0.05)},
+    "up a slope of 15 degrees": {"types": ("slope_up",), "slope": (math.radians(15),) * 2},
+    "down a slope of 15 degrees": {"types": ("slope_down",), "slope": (math.radians(15),) * 2},
+    "up stairs of 10 cm": {"types": ("stairs_up",), "stair_riser": (0.1, 0.1)},
+    "down stairs of 10 cm": {"types": ("stairs_down",), "stair_riser": (0.1, 0.1)},
+    "up stairs of 15 cm": {"types": ("stairs_up",), "stair_riser": (0.15, 0.15)},
+    "obstacles of 10 cm": {"types": ("obstacles",), "obstacle_height": (0.1, 0.1)},
+    "stepping stones, 10 cm apart": {
+        "types": ("stepping_stones",),
+        "stone_size": (0.6, 0.6),
+        "stone_gap": (0.1, 0.1),
+    },
+    "gaps of 15 cm": {"types": ("gaps",), "gap_width": (0.15, 0.15)},
+}
+# Straight ahead, in one direction or another, for the whole episode.
+STRAIGHT: dict[str, Any] = {
+    "command_vx": (0.5, 0.8),
+    "command_vy": (0.0, 0.0),
+    "heading_fraction": 1.0,
+    "resampling_interval": 1e4,
+    "standing_fraction": 0.0,
+}
+
+
+def rough_field(condition: str) -> TerrainConfig:
+    """Nine equal tiles of one of :data:`ROUGH`."""
+    figures = ROUGH[condition]
+    return TerrainConfig(levels=3, **{**figures, "types": 3 * figures["types"]})
+
+
 @dataclasses.dataclass(frozen=True)
 class WalkResult:
     """What :func:`evaluate_walk` measured. Means are over worlds still on their feet."""
@@ -79,6 +114,8 @@ class WalkResult:
     flight_fraction: float
     cost_of_transport: float
     action_rate: float
+    crossed: float
+    """Share of episodes without a fall whose robot got 4 m away: from the middle of a tile to the next."""
 
     # name: (what it is, unit, smallest, largest value that counts as walking)
     BAR = {  # noqa: RUF012 (a table, not a field)
@@ -123,6 +160,7 @@ def evaluate_walk(
     progress: Callable[[int, int], None] | None = None,
     statistics: dict[str, list[float]] | None = None,
     terrain: TerrainConfig | None = None,
+    straight: bool = False,
 ) -> WalkResult:
     """Run seeded episodes side by side and measure the gait.
 
@@ -143,6 +181,7 @@ def evaluate_walk(
       statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
       terrain: the ground; a flat plane if None, whatever ``config`` trained on. A robot that leaves the
         field goes on from another first state.
+      straight: command 0.5 to 0.8 m/s straight ahead in one direction, throughout.
     """
     task = HumanoidEnvConfig()
     steps = math.ceil(seconds / config.control_dt)
@@ -157,6 +196,8 @@ def evaluate_walk(
         terrain=terrain or TerrainConfig(),
         **{name: getattr(task, name) for name in FIXED},
     )
+    if straight:
+        config = dataclasses.replace(config, **STRAIGHT)
     env = make_policy_env(config, statistics)
     sim, robot = env.simulation, env.robot
     dt = config.control_dt
@@ -167,6 +208,7 @@ def evaluate_walk(
     alive = torch.ones(episodes, dtype=torch.bool)
     steps_taken = _Steps(episodes, dt)
     since_push = torch.full((episodes,), math.inf)
+    start, farthest = env.base_pos_w[:, :2].clone(), torch.zeros(episodes)
     total: dict[str, torch.Tensor] = {}
 
     def add(name: str, values: torch.Tensor, where: torch.Tensor) -> None:
@@ -185,6 +227,8 @@ def evaluate_walk(
         obs, _, terminated, _, _ = env.step(policy(obs))
         # The returned worlds have been reset where they fell: only the others are measured.
         alive &= ~terminated
+        away = (env.base_pos_w[:, :2] - start).norm(dim=-1)
+        farthest = torch.where(alive, torch.maximum(farthest, away), farthest)
 
         heading = quat_from_yaw(yaw_of(env.base_quat_w))
         velocity = rotate_inverse(heading, rotate(env.base_quat_w, env.base_lin_vel_b))
@@ -228,6 +272,7 @@ def evaluate_walk(
         flight_fraction=float(mean("flight_fraction")),
         cost_of_transport=float(mean("power") / (env.weight * mean("speed"))),
         action_rate=float(mean("action_rate")),
+        crossed=float((alive & (farthest >= CROSSED)).float().mean()),
     )
 
 
