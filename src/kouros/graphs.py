@@ -58,7 +58,8 @@ class Recorded:
             with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
                 self.result = function()
         except Exception as error:
-            _broken.append((self._graph, self._pool))  # their destructors would end the process
+            # What was made during the recording would end the process when it is freed.
+            _broken.append((self._graph, self._pool, error))
             reason = str(error).splitlines()[0]
             raise RuntimeError(
                 f"cannot record this as a CUDA graph ({reason}). Something in it, perhaps a reward or "

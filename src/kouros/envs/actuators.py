@@ -114,10 +114,9 @@ class Actuators:
     def _drive(self, substep: int) -> None:
         """Before a physics step: what the actuators are given in it."""
         target = self._targets[0]
-        if len(self._targets) > 1:
-            age = torch.div(self.delay - substep + self._substeps - 1, self._substeps, rounding_mode="floor")
-            index = age.clamp(min=0).unsqueeze(0).expand(1, *target.shape)
-            target = self._targets.gather(0, index)[0]
+        for age in range(1, len(self._targets)):
+            since = substep + (age - 1) * self._substeps  # physics steps since the target after this one
+            target = torch.where(self.delay > since, self._targets[age], target)
         if not (self._explicit or self._torque_speed):
             self._ctrl.copy_(target)
             return

@@ -245,7 +245,7 @@ class DomainRandomizer:
     def _take(self, name: str, mask: torch.Tensor) -> None:
         live = self._live[name]
         chosen = self._tables[name].index_select(0, self._choice)
-        live.copy_(torch.where(mask.view(-1, *[1] * (live.dim() - 1)), chosen, live))
+        torch.where(mask.view(-1, *[1] * (live.dim() - 1)), chosen, live, out=live)
 
     def apply_dynamics_adaptation(self, actions: torch.Tensor) -> torch.Tensor:
         """What becomes of actions ``(num_envs, num_joints)`` on their way: noise. (They also come late, see
@@ -277,28 +277,20 @@ class DomainRandomizer:
           true: observation of the present state, ``(num_envs, obs_dim)``.
           fresh: bool ``(num_envs,)``, worlds that have no past: what they see now is what they have seen.
         """
-        seen = true
+        seen = true + self.noise if self._noisy else true
         if self._encoder:
-            seen = seen.clone()
+            seen = seen.clone() if seen is true else seen
             seen[:, self._encoder] += self["encoder_bias"]
-        if self._noisy:
-            seen = seen + self.noise
         if len(self.frames) == 1:
             return seen
         self.frames[0] = seen
         if fresh is not None:
             self.frames.copy_(torch.where(fresh.view(1, -1, 1), seen, self.frames))
-        last = len(self.frames) - 1
-        age = (self["sensor_delay"] / self._control_dt).clamp(max=last)
-        newer = age.floor()
-        older = (newer + 1).clamp(max=last)
-        late = torch.lerp(self._frame(newer), self._frame(older), age - newer)
+        age = self["sensor_delay"] / self._control_dt
+        late = self.frames[-1]
+        for i in reversed(range(len(self.frames) - 1)):
+            late = torch.lerp(self.frames[i], late, (age - i).clamp(0.0, 1.0))
         return torch.where(self._measured, late, seen)
-
-    def _frame(self, age: torch.Tensor) -> torch.Tensor:
-        """The frame of an age in whole control steps, ``(num_envs, 1)``, in each world."""
-        index = age.long().unsqueeze(0).expand(1, *self.noise.shape)
-        return self.frames.gather(0, index)[0]
 
     def state_dict(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name).clone() for name in STATE}
