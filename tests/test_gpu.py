@@ -196,4 +196,4 @@ def test_model_fields_come_before_the_recording() -> None:
     env, _ = pair()
     env.step(torch.zeros(64, 29, device="cuda"))
     with pytest.raises(RuntimeError, match="before a graph"):
-        env.simulation.model_field("body_mass")
+        env.simulation.model_field("jnt_stiffness")

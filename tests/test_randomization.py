@@ -387,8 +387,10 @@ def test_draws_are_per_world_and_episode_and_never_compound(engine: str) -> None
     assert len(draws.values.unique(dim=0)) > 3
     mask = torch.tensor([True, False, True, False, False, False])
     fields = {name: live.clone() for name, live in draws._live.items()}
+    values = draws.values.clone()
     env.reset(options={"reset_mask": mask})
-    assert not torch.equal(draws.values[mask], fields["values"][mask])
+    assert not torch.equal(draws.values[mask], values[mask])
+    assert torch.equal(draws.values[~mask], values[~mask])
     for name, live in draws._live.items():
         assert torch.equal(live[~mask], fields[name][~mask]), name
 

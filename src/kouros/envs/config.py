@@ -233,7 +233,7 @@ class RandomizationConfig:
 # The longest delay that is remembered, s.
 MAX_DELAY = 0.1
 
-NOISE = {"base_ang_vel": 0.2, "projected_gravity": 0.03, "joint_pos": 0.01, "joint_vel": 0.75}
+NOISE = {"base_ang_vel": 0.1, "projected_gravity": 0.03, "joint_pos": 0.006, "joint_vel": 0.5}
 
 Preset = Literal["none", "light", "sim2real"]
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -248,7 +248,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "sim2real": {
         "mass": (0.8, 1.2),
         "center_of_mass": (-0.03, 0.03),
-        "friction": (0.3, 1.2),
+        "friction": (0.25, 1.2),
         "joint_damping": (0.0, 0.2),
         "armature": (0.8, 1.2),
         "motor_strength": (0.8, 1.1),

@@ -91,7 +91,7 @@ class DomainRandomizer:
         self.push_frequency = torch.ones((), device=device)
         self._scale = {"mass": 1.0, "friction": 1.0}
         self._seed = 0
-        self._live = self._live_fields() | {"values": self.values}
+        self._live = self._live_fields()
         self._tables: dict[str, torch.Tensor] = {}
         if self.names:
             self._draw_population()
@@ -184,16 +184,22 @@ class DomainRandomizer:
             pool.model_field("opt.gravity")[...] += terms["gravity"]
         if any(term in terms for term in INERTIAL):
             pool.set_const()
-        tables = {"values": torch.cat([*terms.values()], dim=1), **self._actuators.population(terms)}
+        tables = self._actuators.population(terms)
         if "friction" in terms:
             tables["friction"] = terms["friction"].expand(-1, self._live["friction"].shape[1])
+        k = config.population
+        parts = [torch.zeros(k, 0)]
         for name, live in self._live.items():
             table = tables[name] if name in tables else pool.model_field(name)
-            table = table.expand(config.population, *live.shape[1:]).to(live)
-            if name in self._tables:  # a recorded step reads these
-                self._tables[name].copy_(table)
-            else:
-                self._tables[name] = table.clone()
+            parts.append(table.expand(k, *live.shape[1:]).reshape(k, -1))
+        self._store("model", torch.cat(parts, dim=1).to(self.device, self.simulation.dtype))
+        self._store("values", torch.cat([*terms.values()], dim=1).to(self.values))
+
+    def _store(self, name: str, table: torch.Tensor) -> None:
+        if name in self._tables:  # a recorded step reads it there
+            self._tables[name].copy_(table)
+        else:
+            self._tables[name] = table
 
     def seed(self, seed: int) -> None:
         """Draw the population anew; a world keeps what it has until its next reset."""
@@ -234,18 +240,17 @@ class DomainRandomizer:
         """
         chosen = torch.rand(self.num_envs, generator=self._generator, device=self.device)
         self._choice = (chosen * self.config.population).long()
-        self._take("values", mask)
+        values = self._tables["values"].index_select(0, self._choice)
+        torch.where(mask.unsqueeze(-1), values, self.values, out=self.values)
         return {name: self[name] for name in self.names}
 
     def apply_to_robot(self, mask: torch.Tensor) -> None:
         """Write what :meth:`randomize` chose into the simulation's worlds of the mask."""
-        for name in self._live:
-            self._take(name, mask)
-
-    def _take(self, name: str, mask: torch.Tensor) -> None:
-        live = self._live[name]
-        chosen = self._tables[name].index_select(0, self._choice)
-        torch.where(mask.view(-1, *[1] * (live.dim() - 1)), chosen, live, out=live)
+        chosen = self._tables["model"].index_select(0, self._choice)
+        parts = chosen.split([live[0].numel() for live in self._live.values()], dim=1)
+        for live, part in zip(self._live.values(), parts, strict=True):
+            rows = mask.view(-1, *[1] * (live.dim() - 1))
+            torch.where(rows, part.view_as(live), live, out=live)
 
     def apply_dynamics_adaptation(self, actions: torch.Tensor) -> torch.Tensor:
         """What becomes of actions ``(num_envs, num_joints)`` on their way: noise. (They also come late, see
