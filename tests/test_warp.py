@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import random_actions
 from kouros import graphs
-from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, randomization
+from kouros.envs.config import TASKS, HumanoidEnvConfig, RandomizationConfig, randomization
 from kouros.envs.humanoid import _STATE, HumanoidBaseEnv
 from kouros.envs.scene import make_model
 from kouros.learning.config import PPOConfig
@@ -261,6 +262,44 @@ def test_state_stays_where_it_is(engine: str) -> None:
     for _ in range(5):
         env.step(torch.zeros(4, 29))
     assert {name: getattr(env, name).data_ptr() for name in places} == places
+
+
+def poison(holder: object, places: set[int]) -> None:
+    """Spoil all of an object's float tensors that do not lie in the given places."""
+    for value in vars(holder).values():
+        outside = isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in places
+        if outside and value.is_floating_point():
+            value.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("task", ["walk", "walk-rough"])
+def test_a_step_reads_nothing_that_the_last_one_left_elsewhere(task: str) -> None:
+    """A graph would read there what it found when it was recorded, or what others have put there since."""
+    env_config = dataclasses.replace(
+        TASKS[task](), heading_fraction=0.5, max_episode_length=6, harness_fall_time=0.1, **EVERYTHING
+    )
+    clean, spoilt = (HumanoidBaseEnv(env_config) for _ in range(2))
+    for env in (clean, spoilt):
+        env.reset(seed=0)
+
+    def holders(env: HumanoidBaseEnv) -> list[object]:
+        return [env, env.randomization, env.actuators, env.commands]
+
+    def storages(env: HumanoidBaseEnv) -> list[set[int]]:
+        tensors = ([v for v in vars(h).values() if isinstance(v, torch.Tensor)] for h in holders(env))
+        return [{v.untyped_storage().data_ptr() for v in found} for found in tensors]
+
+    generator = torch.Generator().manual_seed(0)
+    before = storages(spoilt)
+    spoilt.step(torch.zeros(4, 29))
+    clean.step(torch.zeros(4, 29))
+    stay = set().union(*(a & b for a, b in zip(before, storages(spoilt), strict=True)))
+    for _ in range(12):
+        for holder in holders(spoilt):
+            poison(holder, stay)
+        actions = random_actions(clean, generator, 1.0)
+        for x, y in zip(clean.step(actions)[:2], spoilt.step(actions)[:2], strict=True):
+            assert torch.equal(x, y)
 
 
 def test_both_engines_make_the_same_task() -> None:

@@ -55,8 +55,7 @@ class Recorded:
         self._pool = torch.cuda.MemPool()
         recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
         try:
-            pool = torch.cuda.use_mem_pool(self._pool, device)
-            with recording, _warp_recording(stream, device), pool:
+            with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
                 self.result = function()
         except Exception as error:
             # torch does not tell its allocator that a recording has failed, and ends the process when memory
@@ -95,28 +94,8 @@ def warp_stream(stream: torch.cuda.Stream) -> Any:
     return wp.stream_from_torch(stream)
 
 
-class _FromTorch:
-    """Memory for Warp from torch's pool, by Warp's protocol.
-
-    Warp's own would come from nodes of the graph, which do not outlive the pauses that its loops make in
-    the recording: the next steps of a collision would write into each other's memory.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._taken: dict[int, torch.Tensor] = {}
-
-    def allocate(self, size_in_bytes: int) -> int:
-        memory = torch.empty(size_in_bytes, dtype=torch.uint8, device=self._device)
-        self._taken[memory.data_ptr()] = memory
-        return memory.data_ptr()
-
-    def deallocate(self, ptr: int, size_in_bytes: int) -> None:
-        self._taken.pop(ptr)
-
-
 @contextlib.contextmanager
-def _warp_recording(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
+def _warp_recording(stream: torch.cuda.Stream) -> Iterator[None]:
     """Tell Warp, where it is in use, that torch records this stream."""
     if "warp" not in sys.modules:
         yield
@@ -124,8 +103,7 @@ def _warp_recording(stream: torch.cuda.Stream, device: torch.device) -> Iterator
     import warp as wp
 
     same = warp_stream(stream)
-    memory = wp.ScopedAllocator(str(device), _FromTorch(device))
-    with wp.ScopedStream(same, sync_enter=False), wp.ScopedCapture(stream=same, external=True), memory:
+    with wp.ScopedStream(same, sync_enter=False), wp.ScopedCapture(stream=same, external=True):
         yield
 
 

@@ -208,6 +208,9 @@ class HumanoidBaseEnv(VectorEnv):
         self.foot_force_w = sensor(f"{left}_contact", 2, 4)[:, :, 1:]
         self._foot_contacts = sensor(f"{left}_contact", 2, 4)[:, :, 0]
         self.base_height, self.foot_height = self.base_pos_w[:, 2], self.foot_pos_w[:, :, 2]
+        if self.ground is not None:
+            self._heights = zeros(3)
+            self.base_height, self.foot_height = self._heights[:, 0], self._heights[:, 1:]
 
         self.default_joint_pos = constant(robot.default_joint_pos)
         self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
@@ -442,8 +445,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.foot_contact = (self._foot_contacts > 0).float()
         if self.ground is not None:
             points = torch.cat((self.base_pos_w.unsqueeze(1), self.foot_pos_w), dim=1)
-            height = points[..., 2] - self.ground.support_at(points[..., :2])
-            self.base_height, self.foot_height = height[:, 0], height[:, 1:]
+            torch.sub(points[..., 2], self.ground.support_at(points[..., :2]), out=self._heights)
 
     def height_at(self, xy: torch.Tensor) -> torch.Tensor:
         """Height of the ground, m, ``(...)``, at points ``(..., 2)`` of the world frame: what a ray hits."""
