@@ -53,14 +53,15 @@ class Recorded:
         # A pool by thread: MuJoCo Warp's loops suspend the recording, and torch would take the memory
         # of what follows from the common pool, and give it away afterwards.
         self._pool = torch.cuda.MemPool()
-        recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+        handle = torch.cuda.graph_pool_handle()
+        recording = torch.cuda.graph(self._graph, handle, stream, capture_error_mode="thread_local")
         try:
             with recording, _warp_recording(stream), torch.cuda.use_mem_pool(self._pool, device):
                 self.result = function()
         except Exception as error:
             # torch does not tell its allocator that a recording has failed, and ends the process when memory
             # of it is freed.
-            torch._C._cuda_endAllocateToPool(_index(device), self._graph.pool())
+            torch._C._cuda_endAllocateToPool(_index(device), handle)
             _broken.append((self._graph, self._pool, error))
             reason = str(error).splitlines()[0]
             raise RuntimeError(
