@@ -211,6 +211,11 @@ def play(config: Play) -> None:
 
     actor, env_config, contract = load_policy(config.policy)
     statistics = contract.get("statistics")
+    ground = TerrainConfig()
+    if config.terrain:
+        types, difficulty = 3 * (config.terrain,), (config.difficulty, config.difficulty)
+        ground = dataclasses.replace(env_config.terrain, types=types, levels=3, difficulty=difficulty)
+    env_config = dataclasses.replace(env_config, terrain=ground)
     if config.viewer:
         open_viewer(actor.act, env_config, config.command, config.seed, statistics)
         return
