@@ -196,7 +196,7 @@ def _suite_table(results: dict[str, WalkResult], config: Eval) -> Table:
 
     table = Table("condition", title=f"{config.policy}, {config.episodes} episodes each")
     titles = ("without a fall", "95 % interval", "velocity error (m/s)", "yaw rate error (rad/s)")
-    for title in (*titles, "and 4 m away")[: 5 if config.suite == "rough" else 4]:
+    for title in (*titles, "got 4 m away")[: 5 if config.suite == "rough" else 4]:
         table.add_column(title, justify="right")
     for name, r in results.items():
         interval = f"{100 * r.survival_low:.1f} to {100 * r.survival_high:.1f}"
