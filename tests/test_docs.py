@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tyro
 
+from kouros.cli import _commands
 from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.rewards import REWARDS
 from kouros.envs.terrain import TILES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "src/kouros/policies/README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHOWN = [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))]
 
@@ -73,6 +76,30 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytes
         for block in BLOCK.finditer(text):
             before = text.count("\n", 0, block.start(1))  # so that errors name the page's own lines
             exec(compile("\n" * before + block[1], str(page), "exec"), namespace)
+
+
+def command_lines() -> Iterator[tuple[str, list[str]]]:
+    """Every ``kouros ...`` of the pages, in bash blocks and within sentences, and where it stands."""
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        lines = re.findall(r"^kouros (.*)$", blocks, re.MULTILINE) + re.findall(r"`kouros ([^`]+)`", prose)
+        for line in lines:
+            words = ["1" if word == "N" else word for word in shlex.split(line, comments=True)]
+            yield f"{page.name}: kouros {line}", [word for word in words if word != "--help"]
+
+
+def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kouros.cli.pick_device", lambda device: "cpu")  # some are for a GPU
+    lines = list(command_lines())
+    assert len(lines) > 30
+    for where, words in lines:
+        try:
+            if words:
+                tyro.cli(_commands(words), args=words)
+        except (SystemExit, ValueError) as error:
+            raise AssertionError(where) from error
 
 
 def test_links_lead_somewhere() -> None:
