@@ -16,7 +16,7 @@ import tyro
 from kouros import __version__
 from kouros.checks import require
 from kouros.devices import pick_device
-from kouros.envs.config import HumanoidEnvConfig, Preset, RandomizationConfig
+from kouros.envs.config import HumanoidEnvConfig, Preset, RandomizationConfig, TerrainConfig
 from kouros.learning.config import PPOConfig, TrainConfig, train_defaults
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class Play:
     """Pictures per second."""
     seed: int = 0
     """Seed of the initial state."""
+    terrain: str | None = None
+    """Type of ground, such as stairs_up (docs/terrain.md); a plane if not given."""
+    difficulty: float = 0.5
+    """Of that ground, 0 to 1 on the scale that the policy was trained with."""
     viewer: bool = False
     """Open MuJoCo's viewer instead of writing a video; needs a display."""
 
@@ -207,6 +211,11 @@ def play(config: Play) -> None:
 
     actor, env_config, contract = load_policy(config.policy)
     statistics = contract.get("statistics")
+    ground = TerrainConfig()
+    if config.terrain:
+        types, difficulty = 3 * (config.terrain,), (config.difficulty, config.difficulty)
+        ground = dataclasses.replace(env_config.terrain, types=types, levels=3, difficulty=difficulty)
+    env_config = dataclasses.replace(env_config, terrain=ground)
     if config.viewer:
         open_viewer(actor.act, env_config, config.command, config.seed, statistics)
         return

@@ -18,7 +18,7 @@ from kouros.robots import Robot
 # on the ground, and the worlds share what they do not use (MuJoCo Warp only). A height field touches a
 # capsule in up to four points instead of two: 12 and 36 were seen on robots that flail on rough ground.
 CONTACTS = {"feet": 8, "full": 32}
-ROUGH_CONTACTS = 8
+ROUGH_CONTACTS = 16
 
 
 def room_for_contacts(config: HumanoidEnvConfig) -> int:
