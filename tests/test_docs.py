@@ -104,5 +104,8 @@ def test_command_lines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+        text = page.read_text("utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for file in re.findall(r"\b(?:benchmarks|examples|src|tests)/[\w/]+\.\w+", text):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
