@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -11,17 +12,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tyro
 
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.cli import _commands, main
+from kouros.envs.config import PRESETS, HumanoidEnvConfig, RandomizationConfig, randomization, walk_rough
 from kouros.envs.contract import policy_contract, record_policy
+from kouros.envs.evaluation import ROBUST, ROUGH, WalkResult, evaluate_walk, rough_field
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig, TrainConfig
-from kouros.learning.run import SHIPPED, load_policy, read_metrics, train
+from kouros.learning.run import SHIPPED, load_policy, read_metrics, resumed, train
 
 TINY = [
     "--env.num-envs=8",
@@ -36,6 +41,12 @@ def tiny(run: Path, steps: int, **changes: object) -> TrainConfig:
     env = HumanoidEnvConfig(num_envs=8)
     ppo = PPOConfig(horizon=8, minibatches=2, actor_hidden=(16,), critic_hidden=(16,))
     return TrainConfig(**{"run": run, "steps": steps, "device": "cpu", "env": env, "ppo": ppo, **changes})  # type: ignore[arg-type]
+
+
+def asked(*args: str) -> TrainConfig:
+    """What ``kouros train`` makes of a command line."""
+    line = ["train", "--device=cpu", *args]
+    return tyro.cli(_commands(line), args=line)
 
 
 def kouros(*args: str, **options) -> subprocess.CompletedProcess[str]:
@@ -144,6 +155,24 @@ class TestRun:
         checkpoint.save(folder / "checkpoint.pt", content)
         with pytest.raises(ValueError, match=r"gait_period=1\.0 there, 0\.7 here"):
             train(TrainConfig(resume=folder, device="cpu"))
+
+    def test_a_resume_keeps_its_robots(self, tmp_path: Path) -> None:
+        """A run that began with a preset goes on with it, named again or not, and with no other one."""
+        mine = ("--randomize=sim2real", "--env.randomization.friction", "0.5", "1.0")
+        folder = train(asked(*mine, *TINY, f"--run={tmp_path / 'run'}", "--steps=64"))
+        train(asked(f"--resume={folder}", "--steps=128"))
+        assert json.loads((folder / "config.json").read_text())["randomize"] == "sim2real"
+        drawn = dataclasses.replace(randomization("sim2real"), friction=(0.5, 1.0))
+        assert load_policy(folder)[1].randomization == drawn
+        assert [row["iteration"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+        for again in (("--randomize=sim2real",), mine):
+            assert resumed(asked(f"--resume={folder}", *again), "cpu").env.randomization == drawn
+        with pytest.raises(ValueError, match=r"randomize='light'.*began with 'sim2real'"):
+            train(asked(f"--resume={folder}", "--randomize=light"))
+        with pytest.raises(
+            ValueError, match=r"env\.randomization\.mass=\(0\.5, 1\.0\).*began with \(0\.8, 1\.2\)"
+        ):
+            train(asked(f"--resume={folder}", "--env.randomization.mass", "0.5", "1.0"))
 
     def test_a_run_without_a_checkpoint_yet_may_begin_again(self, tmp_path: Path) -> None:
         folder = train(tiny(tmp_path / "run", 64))
@@ -274,6 +303,34 @@ class TestCommandLine:
                         flag
                     )
 
+    def test_task_and_preset_set_the_defaults(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Of ``--env`` alone, and what else is said comes on top."""
+        rough = walk_rough()
+        assert asked("--task=walk-rough").env == rough
+        for preset in PRESETS:
+            rough.randomization = randomization(preset)
+            both = asked("--task", "walk-rough", "--randomize", preset)
+            assert both == dataclasses.replace(
+                TrainConfig(device="cpu"), task="walk-rough", randomize=preset, env=rough
+            )
+        changed = asked("--randomize=sim2real", "--env.randomization.mass", "0.5", "1.0", "--env.num-envs=9")
+        mine = dataclasses.replace(randomization("sim2real"), mass=(0.5, 1.0))
+        assert changed.env == HumanoidEnvConfig(num_envs=9, randomization=mine)
+        for line, message in (
+            (["train", "--task=run"], "task='run': choose from walk, walk-rough"),
+            (["bench", "--randomize=heavy"], "randomize='heavy': choose from none, light, sim2real"),
+        ):
+            assert main(line) == 1
+            assert capsys.readouterr().err.startswith(f"kouros: {message}")
+        shown = kouros("train", "--task", "walk-rough", "--randomize", "sim2real", "--help")
+        text = " ".join(shown.stdout.replace("│", "").split())
+        for flag, default in (
+            ("swing-height FLOAT", "0.16"),
+            ("terrain.levels INT", "6"),
+            ("randomization.mass", "0.8 1.2"),
+        ):
+            assert f"(default: {default})" in text.split(f"--env.{flag} ", 1)[1].split("--")[0]
+
     def test_help_imports_nothing_heavy(self) -> None:
         code = (
             "import sys, kouros.cli\n"
@@ -319,6 +376,39 @@ class TestCommandLine:
             assert "apt install" in done.stderr
         else:
             assert (tmp_path / "walk.mp4").stat().st_size > 1000
+
+    @pytest.mark.parametrize(("suite", "conditions"), [("robust", ROBUST), ("rough", ROUGH)])
+    def test_eval_suites(self, suite, conditions, tmp_path, capsys, monkeypatch) -> None:
+        """A row for each condition, tested under that condition and no other."""
+        given = []
+
+        def spy(*args: Any, **options: Any) -> WalkResult:
+            given.append((options.get("terrain"), options.get("randomization")))
+            return evaluate_walk(*args, **options)
+
+        monkeypatch.setattr("kouros.envs.evaluation.evaluate_walk", spy)
+        path = tmp_path / "eval.json"
+        assert main(["eval", f"--suite={suite}", "--episodes=4", "--seconds=0.2", f"--output={path}"]) == 0
+        saved = json.loads(path.read_text())
+        assert saved["suite"] == suite and list(saved["conditions"]) == list(conditions)
+        figures = {f.name for f in dataclasses.fields(WalkResult)} | {"failures"}
+        assert all(set(row) == figures for row in saved["conditions"].values())
+        shown = capsys.readouterr().out
+        assert all(name.split()[0] in shown for name in conditions)
+        if suite == "robust":
+            assert given == [(None, RandomizationConfig(**terms)) for terms in conditions.values()]
+        else:
+            assert given == [(rough_field(name), None) for name in conditions]
+        for (name, a), (other, b) in itertools.combinations(zip(conditions, given, strict=True), 2):
+            assert a != b, (name, other)
+
+    @pytest.mark.parametrize("suite", ["robust", "rough"])
+    def test_a_suite_has_its_own_conditions(self, suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["eval", f"--suite={suite}", "--randomization.mass", "0.9", "1.1"])
+        captured = capsys.readouterr()
+        text = " ".join((captured.out + captured.err).replace("│", "").split())
+        assert f"suite='{suite}'" in text and "leave --randomization out" in text
 
     def test_doctor(self) -> None:
         done = kouros("doctor")

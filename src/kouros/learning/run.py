@@ -160,7 +160,8 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
         env=from_plain(HumanoidEnvConfig, saved["env"]),
         ppo=from_plain(PPOConfig, saved["ppo"]),
     )
-    cpu, here = _flat(TrainConfig()), _flat(train_defaults(device))
+    cpu, here = _flat(TrainConfig()), _flat(train_defaults(device, config.task, config.randomize))
+    here |= {name: cpu[name] for name in ("task", "randomize")}
     for name, theirs in _flat(begun).items():
         given = _flat(config)[name]
         if given not in (cpu[name], here[name], theirs):
