@@ -403,6 +403,21 @@ def test_both_engines_get_the_same_robots() -> None:
     assert not torch.equal(other.randomization.values, values[0])
 
 
+def test_a_seed_forgets_all_noise_and_delay() -> None:
+    """Wherever an environment comes from, the same seed gives what a new one returns."""
+    told = dataclasses.replace(randomization("sim2real"), population=8, sensor_delay=(0.0, 0.05))
+    env, new = (HumanoidBaseEnv(HumanoidEnvConfig(num_envs=4, randomization=told)) for _ in range(2))
+    for _ in range(3):
+        env.step(torch.ones(4, 29))
+    noise = env.randomization.noise.clone()
+    env.reset(options={"reset_mask": torch.tensor([True, False, False, True])})
+    assert torch.equal(env.randomization.noise[1:3], noise[1:3])
+    assert (env.randomization.noise[0] != noise[0]).any()
+    assert torch.equal(env.reset(seed=3)[0], new.reset(seed=3)[0])
+    for _ in range(3):
+        assert torch.equal(env.step(torch.zeros(4, 29))[0], new.step(torch.zeros(4, 29))[0])
+
+
 def test_going_on_from_a_saved_state_is_going_on() -> None:
     config = HumanoidEnvConfig(
         num_envs=8, max_episode_length=10, actuator="explicit", randomization=randomization("sim2real")

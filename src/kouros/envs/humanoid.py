@@ -308,6 +308,7 @@ class HumanoidBaseEnv(VectorEnv):
                 self.curriculum.restart()
             self.terrain_level.masked_fill_(mask, 0)
         self._begin_episodes(mask)
+        self.randomization.begin(mask)
         self._refresh()
         self.commands.resample(mask, self.base_quat_w)
         obs, critic_obs = self._observations(mask)

@@ -268,6 +268,11 @@ class DomainRandomizer:
     def _normal(self, size: int) -> torch.Tensor:
         return torch.randn(self.num_envs, size, generator=self._generator, device=self.device)
 
+    def begin(self, mask: torch.Tensor) -> None:
+        """New noise in the worlds of the mask, bool ``(num_envs,)``, for the first observation after a reset."""
+        if self._noisy:
+            self.noise.copy_(torch.where(mask.unsqueeze(-1), self.get_observation_noise(), self.noise))
+
     def advance(self) -> None:
         """A control step passes: new noise, older frames."""
         if self._noisy:
