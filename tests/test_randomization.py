@@ -418,23 +418,6 @@ def test_a_seed_forgets_all_noise_and_delay() -> None:
         assert torch.equal(env.step(torch.zeros(4, 29))[0], new.step(torch.zeros(4, 29))[0])
 
 
-def test_going_on_from_a_saved_state_is_going_on() -> None:
-    config = HumanoidEnvConfig(
-        num_envs=8, max_episode_length=10, actuator="explicit", randomization=randomization("sim2real")
-    )
-    env, other = HumanoidBaseEnv(config), HumanoidBaseEnv(config)
-    env.reset(seed=3)
-    generator = torch.Generator().manual_seed(0)
-    actions = [random_actions(env, generator) for _ in range(20)]
-    for action in actions[:7]:
-        env.step(action)
-    other.load_state_dict(env.state_dict())
-    for action in actions[7:]:
-        a, b = env.step(action), other.step(action)
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        assert torch.equal(a[4]["critic_obs"], b[4]["critic_obs"])
-
-
 def test_the_critic_sees_the_draws_and_their_reflection_is_one() -> None:
     env = make("c", 4, **MODEL_TERMS)
     _, info = env.reset(seed=0)

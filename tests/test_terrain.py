@@ -416,24 +416,6 @@ class TestLevels:
             assert (env.spawn_xy[mask] != before["spawn_xy"][mask]).all()
             assert (env._asked[mask] == 0).all() and (before["_asked"] > 0).any()
 
-    def test_n_plus_n_equals_2n(self) -> None:
-        def run(env: HumanoidBaseEnv, steps: int):
-            for _ in range(steps):
-                result = env.step(torch.full((6, 29), 0.1))
-            return result
-
-        env = make_env(6, terrain=RULE, max_episode_length=15)
-        env.max_terrain_level.fill_(1.0)
-        run(env, 20)
-        saved = env.state_dict()
-        expected = run(env, 20)
-        again = make_env(6, seed=9, terrain=RULE, max_episode_length=15)
-        again.load_state_dict(saved)
-        found = run(again, 20)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-        assert torch.equal(again.terrain_level, env.terrain_level)
-        assert again.max_terrain_level == 1.0
-
 
 @pytest.mark.parametrize("curriculum", [True, False])
 def test_the_step_never_asks_the_host(monkeypatch: pytest.MonkeyPatch, curriculum: bool) -> None:

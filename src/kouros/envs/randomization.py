@@ -269,7 +269,7 @@ class DomainRandomizer:
         return torch.randn(self.num_envs, size, generator=self._generator, device=self.device)
 
     def begin(self, mask: torch.Tensor) -> None:
-        """New noise in the worlds of the mask, bool ``(num_envs,)``, for the first observation after a reset."""
+        """Episodes begin in the worlds of the mask, bool ``(num_envs,)``: new noise on what they see first."""
         if self._noisy:
             self.noise.copy_(torch.where(mask.unsqueeze(-1), self.get_observation_noise(), self.noise))
 
