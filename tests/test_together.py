@@ -72,7 +72,7 @@ def test_a_run_of_another_task_goes_on_with_its_own_options(tmp_path: Path) -> N
         found = resumed(given, "cpu")
         assert (found.env, found.task, found.randomize) == (begun.env, "walk-rough", "light")
     other = dataclasses.replace(train_defaults("cpu", "walk", "sim2real"), resume=tmp_path)
-    with pytest.raises(ValueError, match="randomize='sim2real': .* began with 'light'"):
+    with pytest.raises(ValueError, match=r"randomize='sim2real': .* began with 'light'"):
         resumed(other, "cpu")
     given.env.randomization.mass = (0.5, 1.0)
     with pytest.raises(ValueError, match=r"env\.randomization\.mass=\(0\.5, 1\.0\): .* began with"):

@@ -153,6 +153,34 @@ class TestKinematicObservation:
         assert torch.equal(last[4]["final_critic_obs"], expected[4]["critic_obs"])
         assert ((last[0] - last[4]["final_obs"])[:, -9:].abs() > 1e-5).all()
 
+    @pytest.mark.parametrize("told", ["joint_pos", "command"])
+    def test_hands_are_where_the_encoders_say(self, told: str) -> None:
+        """Of the joint positions that the policy is told, or would be told; the critic's are true."""
+        drawn = RandomizationConfig(
+            encoder_bias=(-0.1, 0.1), **({"sensor_delay": (0.0, 0.05)} if told == "joint_pos" else {})
+        )
+        env = make_env(
+            6, wrappers=("kinematic",), actor_observations=(told,), randomization=drawn, max_episode_length=4
+        )
+        hands = env._hands
+        for _ in range(6):
+            ((obs, _, _, truncated, info),) = steps(env, 1)
+            assert torch.equal(env.observe(), obs)
+            for name in ("obs", "final_obs"):
+                seen = obs if name == "obs" else info[name]
+                when = "" if name == "obs" else "final_"
+                true = info[f"{when}critic_obs"][:, -6:].view(6, 2, 3)
+                rows = torch.ones(6, dtype=torch.bool) if name == "obs" else truncated
+                torch.testing.assert_close(true[rows], hands(getattr(env, f"{when}joint_pos"))[rows])
+                if told == "joint_pos":
+                    read = seen[:, :29] + env.default_joint_pos
+                else:
+                    read = env.joint_pos + env.randomization["encoder_bias"]
+                    rows = rows if name == "obs" else ~truncated  # the ended episode's bias is gone
+                found = seen[:, -6:].view(6, 2, 3)
+                torch.testing.assert_close(found[rows], hands(read)[rows], atol=1e-6, rtol=0)
+        assert (found - true).abs().max() > 0.01
+
 
 _OBSERVATIONS = ("critic_obs", "final_obs", "final_critic_obs")
 

@@ -97,8 +97,10 @@ class HumanoidBaseEnv(VectorEnv):
       spawn_xy: ``(num_envs, 2)``, where the base was at the reset, m, world frame (with a terrain).
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
-      final_joint_pos, final_base_lin_vel_b: ``joint_pos`` and ``base_lin_vel_b`` before the last step
-        reset any world.
+      measured_joint_pos: ``(num_envs, num_joints)``, what the policy knows of ``joint_pos``, rad: its bias,
+        noise and delay included.
+      final_joint_pos, final_measured_joint_pos, final_base_lin_vel_b: what those without ``final`` were
+        before the last step reset any world.
 
     Args:
       config: the task's figures; the task ``walk`` if None.
@@ -148,7 +150,6 @@ class HumanoidBaseEnv(VectorEnv):
         self._recorded: Recorded | None = None
         self._allocate()
         self._refresh()
-        self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
 
         actor, critic = config.actor_observations, config.critic_observations
         sizes = [OBSERVATIONS[name].compute(self).shape[1] for name in actor]
@@ -395,6 +396,8 @@ class HumanoidBaseEnv(VectorEnv):
         length = self.episode_length * done
         final_obs, final_critic_obs = obs, critic_obs = self._observations()
         self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
+        exact = self.measured_joint_pos is self.joint_pos
+        self.final_measured_joint_pos = self.final_joint_pos if exact else self.measured_joint_pos
         info = {
             "_episode": done,
             "episode": {
@@ -475,7 +478,9 @@ class HumanoidBaseEnv(VectorEnv):
         """The actor's observation, as measured, and the critic's: the same terms as they are, and its own."""
         names = self.config.actor_observations + self.config.critic_observations
         true = torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
-        return self.randomization.observe(true[:, : self._actor_dim], fresh), true
+        seen = self.randomization.observe(true[:, : self._actor_dim], fresh)
+        self.measured_joint_pos = self.randomization.joint_positions(self.joint_pos, seen)
+        return seen, true
 
     def _rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards ``(num_envs,)`` and the metrics ``(len(metric_names), num_envs)``."""
