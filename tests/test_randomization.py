@@ -15,6 +15,7 @@ import torch
 from conftest import random_actions
 from kouros.envs.config import PRESETS, HumanoidEnvConfig, RandomizationConfig, randomization
 from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.randomization import draw
 from kouros.physics.rotations import rotate
 
@@ -149,6 +150,22 @@ def test_gravity_shows_in_free_fall(engine: str) -> None:
         fall = (momentum(env, world) - before[world]) / env.config.control_dt
         expected = env.simulation.model.opt.gravity + env.randomization["gravity"][world].numpy()
         np.testing.assert_allclose(fall, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_policy_feels_the_gravity_there_is(engine: str) -> None:
+    """A robot at rest measures what holds it up, as an accelerometer does; a fall is told by the ground."""
+    env = make(engine, 3, gravity=(-2.0, 2.0))
+    env.simulation.qpos[:, 3:7] = torch.tensor([0.9, 0.1, -0.2, 0.3]).to(env.simulation.dtype)
+    env.simulation.qpos[:, 3:7] /= env.simulation.qpos[:, 3:7].norm(dim=-1, keepdim=True)
+    env._refresh()
+    found = OBSERVATIONS["projected_gravity"].compute(env)
+    for world in range(3):
+        data = env.simulation.data(world)
+        gravity = env.simulation.model.opt.gravity + env.randomization["gravity"][world].numpy()
+        expected = data.xmat[1].reshape(3, 3).T @ (gravity / np.linalg.norm(gravity))
+        np.testing.assert_allclose(found[world], expected, atol=1e-5)
+    assert (found + env.base_up_b).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -213,6 +213,8 @@ class HumanoidBaseEnv(VectorEnv):
             self._heights = zeros(3)
             self.base_height, self.foot_height = self._heights[:, 0], self._heights[:, 1:]
 
+        tilted = "gravity" in config.randomization.enabled()
+        self._gravity = sim.model_field("opt.gravity") if tilted else None
         self.default_joint_pos = constant(robot.default_joint_pos)
         self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
         self.commands = VelocityCommands(config, self._generator)
@@ -372,7 +374,7 @@ class HumanoidBaseEnv(VectorEnv):
 
         self.fallen = (
             self.sick
-            | (self.projected_gravity[:, 2] > -math.cos(config.fall_tilt))
+            | (self.base_up_b[:, 2] < math.cos(config.fall_tilt))
             | (self.base_height < config.fall_height)
         )
         if config.harness:
@@ -445,6 +447,9 @@ class HumanoidBaseEnv(VectorEnv):
         self._read.masked_fill_(self.sick.unsqueeze(-1), 0.0)
         self.base_up_b = up_in_body(self.base_quat_w)
         self.projected_gravity = -self.base_up_b
+        if self._gravity is not None:
+            down = torch.nn.functional.normalize(self._gravity.float(), dim=-1)
+            self.projected_gravity = rotate_inverse(self.base_quat_w, down)
         self.base_lin_vel_b = rotate_inverse(self.base_quat_w, self.base_lin_vel_w)
         self.foot_contact = (self._foot_contacts > 0).float()
         if self.ground is not None:
