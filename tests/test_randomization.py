@@ -453,6 +453,50 @@ def test_the_critic_sees_the_draws_and_their_reflection_is_one() -> None:
     assert len(env.mirror["critic_obs"][0]) == info["critic_obs"].shape[1]
 
 
+@pytest.mark.parametrize("actuator", ["implicit", "explicit"])
+def test_a_mirrored_robot_in_a_mirrored_state_moves_mirrored(
+    monkeypatch: pytest.MonkeyPatch, actuator: str
+) -> None:
+    """World 1 has the reflection of world 0's draws, of every term: physics and observations follow."""
+    delays = {"action_delay": (0.0, 0.02), "sensor_delay": (0.0, 0.05)}
+    fields = {"actuator": actuator, "torque_speed": True, "solver_iterations": 50, "harness": 0.5}
+    env = make("c", 2, fields, **MODEL_TERMS, **delays)
+    sim, draws = env.simulation, env.randomization
+    assert set(draws.names) == {*RandomizationConfig.FACTORS, *RandomizationConfig.OFFSETS}
+    names = iter(draws.names)
+
+    def reflected(*bounds: Any) -> torch.Tensor:
+        values, part = draw(*bounds), draws.columns[next(names)]
+        index, sign = (rule[part] for rule in draws.mirror)
+        values[1] = sign * values[0, index - part.start]
+        return values
+
+    monkeypatch.setattr("kouros.envs.randomization.draw", reflected)
+    draws._draw_population()
+    everyone = torch.ones(2, dtype=torch.bool)
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.arange(n) / 64)  # robots 0 and 1 of 64
+    env._randomize(everyone)
+    monkeypatch.undo()
+
+    def mirrored(x: torch.Tensor, name: str) -> torch.Tensor:
+        index, sign = env.mirror[name]
+        return sign.to(x.dtype) * x[:, index]
+
+    sim.qpos[1, :7] = torch.tensor([1.0, -1, 1, 1, -1, 1, -1]).double() * sim.qpos[0, :7]
+    sim.qpos[1, 7:] = mirrored(sim.qpos[:1, 7:], "action")
+    env.set_command(torch.tensor([[0.4, 0.2, 0.3], [0.4, -0.2, -0.3]]))
+    env.phase[:] = torch.tensor([0.1, 0.6])
+    env._refresh()
+    env._observations(everyone)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):  # then a foot lands one physics step sooner than its image
+        action = torch.randn(1, 29, generator=generator)
+        obs, *_, info = env.step(torch.cat((action, mirrored(action, "action"))))
+        for name, values in (("obs", obs), ("critic_obs", info["critic_obs"])):
+            torch.testing.assert_close(mirrored(values[:1], name), values[1:], atol=2e-2, rtol=2e-2)
+    assert obs.abs().max() > 0.5 and (draws.values[0] != draws.values[1]).sum() > 100
+
+
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform", "normal"])
 def test_distributions_are_scipys(kind: str) -> None:
     low, high = 0.5, 2.0
