@@ -555,6 +555,7 @@ def test_every_field_of_the_randomization_is_tested_here() -> None:
     ("terms", "message"),
     [
         ({"mass": (1.2, 0.8)}, r"mass=\(1.2, 0.8\): must be \(lowest, highest\)"),
+        ({"mass": 1.2}, r"mass=1.2: must be \(lowest, highest\)"),
         ({"mass": (-0.5, 1.0)}, r"mass=.*greater than 0"),
         ({"friction": (0.0, 1.0)}, r"friction=.*greater than 0"),
         ({"friction_loss": (-0.1, 0.0)}, r"friction_loss=.*not be negative"),

@@ -493,6 +493,7 @@ def test_a_policy_of_rough_ground_is_tested_on_a_plane_or_on_any_terrain() -> No
             lambda: TerrainConfig(types=("stepping_stones",) * 9, stone_size=(0.2, 0.2)),
             r"make \d+ shapes, and 3000 is the limit",
         ),
+        (lambda: TerrainConfig(curriculum=True), "curriculum=True: there are no types of tile"),
         (lambda: TerrainConfig(types="flat"), "types='flat': must be a tuple of names"),
         (lambda: TerrainConfig(tile_size=3.0), "tile_size=3.0: must be at least 2 m more than the platform"),
         (lambda: TerrainConfig(tile_size=8.05), "tile_size=8.05: must be a multiple of 0.1 m"),

@@ -400,7 +400,7 @@ class TestState:
     def test_of_another_stack_is_refused(self) -> None:
         env, other = make_env(4, wrappers=("history:2",)), make_env(4, wrappers=("history:3",))
         for state in (other.state_dict(), other.env.state_dict()):
-            with pytest.raises(ValueError, match="not of HistoryObservation as it is here"):
+            with pytest.raises(ValueError, match="HistoryObservation: the state is of another one"):
                 env.load_state_dict(state)
 
 

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kouros.checks import check_choice, require
+from kouros.checks import check_choice, require, require_state
 from kouros.envs.actuators import Actuators
 from kouros.envs.commands import VelocityCommands
 from kouros.envs.config import HumanoidEnvConfig
@@ -667,11 +667,13 @@ class HumanoidBaseEnv(VectorEnv):
         """Go on from :meth:`state_dict`, bit for bit.
 
         Raises:
-          ValueError: the state is of another number of worlds or another model, or one of both has no
-            curriculum.
+          ValueError: the state is of another number of worlds, another model, other randomization or
+            actuators, or one of both has no curriculum.
         """
         if ("curriculum" in state) != (self.curriculum is not None):
             raise ValueError("curriculum: switched on in the state or in this environment, not in both")
+        require_state("randomization", state["randomization"], self.randomization.tensors())
+        require_state("actuators", state["actuators"], self.actuators.tensors())
         self.simulation.load_state_dict(state["simulation"])
         self._generator.set_state(state["generator"].cpu())
         self.randomization.load_state_dict(state["randomization"])

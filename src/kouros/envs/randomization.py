@@ -322,8 +322,12 @@ class DomainRandomizer:
             return seen[:, self._joint_pos] + self._default_joint_pos
         return true + self["encoder_bias"] if "encoder_bias" in self.names else true
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What one step leaves for the next."""
+        return {name: getattr(self, name) for name in ("values", "noise", "frames", "push_frequency")}
+
     def state_dict(self) -> dict[str, Any]:
-        tensors = {name: getattr(self, name).clone() for name in STATE}
+        tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
         return {"seed": self._seed, "scale": dict(self._scale), **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -331,11 +335,9 @@ class DomainRandomizer:
             self._seed, self._scale = state["seed"], dict(state["scale"])
             if self.names:
                 self._draw_population()
-        for name in STATE:
-            getattr(self, name).copy_(state[name])
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
 
-
-STATE = ("values", "noise", "frames", "push_frequency")
 
 # Model fields of the simulation, and the term that changes each.
 FIELDS = {

@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import VectorWrapper
 from gymnasium.vector.utils import batch_space
 
+from kouros.checks import require_state
 from kouros.envs.config import HumanoidEnvConfig, parse_wrapper
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.normalizer import Normalizer
@@ -112,12 +113,7 @@ class ObservationWrapper(VectorWrapper):
           ValueError: the state is of another stack, another number of worlds or another model.
         """
         own = self._tensors()
-        found = {name: tuple(x.shape) for name, x in state.items() if isinstance(x, torch.Tensor)}
-        if "env" not in state or found != {name: tuple(tensor.shape) for name, tensor in own.items()}:
-            raise ValueError(
-                f"environment state: not of {type(self).__name__} as it is here; use the run's own wrappers "
-                "and num_envs"
-            )
+        require_state(type(self).__name__, state, own)
         self.env.load_state_dict(state["env"])
         for name, tensor in own.items():
             tensor.copy_(state[name])
