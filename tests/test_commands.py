@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import cmath
 import contextlib
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import make_env, random_actions
+from conftest import make_env
 from kouros.envs.commands import VelocityCommands
 from kouros.envs.config import HumanoidEnvConfig
-from kouros.envs.evaluation import evaluate_walk
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.physics.rotations import quat_from_yaw, yaw_of
 from test_warp import NoHost
@@ -173,33 +171,6 @@ def test_the_environment_turns_its_commands_with_its_robots(engine: str) -> None
         for world, yaw in enumerate(yaw_of(env.simulation.qpos[:, 3:7]).tolist()):
             expected = turn_rate(config, env.heading[world].item(), yaw)
             assert env.command[world, 2].item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_n_plus_n_equals_2n_with_headings() -> None:
-    changes = {"heading_fraction": 0.7, "resampling_interval": 0.1}
-    env = make_env(6, **changes)
-    generator = torch.Generator().manual_seed(0)
-    actions = [random_actions(env, generator) for _ in range(40)]
-    for action in actions[:20]:
-        env.step(action)
-    env.command_speed.fill_(0.6)
-    saved = env.state_dict()
-    expected = [env.step(action)[0] for action in actions[20:]]
-    again = make_env(6, seed=9, **changes)
-    again.load_state_dict(saved)
-    found = [again.step(action)[0] for action in actions[20:]]
-    assert torch.equal(torch.stack(found), torch.stack(expected))
-
-
-def test_no_heading_in_the_walking_test() -> None:
-    def still(obs: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(obs), 29)
-
-    one, other = (
-        evaluate_walk(still, HumanoidEnvConfig(heading_fraction=x), episodes=8, seconds=0.4)
-        for x in (0.0, 1.0)
-    )
-    assert dataclasses.astuple(one)[:7] == dataclasses.astuple(other)[:7]
 
 
 @pytest.mark.parametrize(

@@ -465,6 +465,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match="num_envs"):
             make_env(2).load_state_dict(make_env(3).state_dict())
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"randomization": randomization("light")}, "randomization"),
+            ({"actuator": "explicit"}, "actuators"),
+        ],
+    )
+    def test_state_of_another_robot(self, changes: dict, message: str) -> None:
+        """Refused with nothing changed."""
+        env, other = make_env(2), make_env(2, seed=1, **changes)
+        before = env.simulation.qpos.clone()
+        for one, two in ((env, other), (other, env)):
+            with pytest.raises(ValueError, match=f"{message}: the state is of another one"):
+                one.load_state_dict(two.state_dict())
+        assert torch.equal(env.simulation.qpos, before)
+
 
 # A value for each field that must show in what the environment returns.
 OTHER = {

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from conftest import make_env
 from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig
-from kouros.envs.evaluation import WalkResult, _Soles, _Steps, evaluate_walk, wilson_interval
+from kouros.envs.evaluation import (
+    ROBUST,
+    WalkResult,
+    _Soles,
+    _Steps,
+    evaluate_walk,
+    robust_randomization,
+    wilson_interval,
+)
+from test_env import OTHER
 
 
 @given(n=st.integers(1, 500), data=st.data())
@@ -91,6 +100,52 @@ def test_no_policy_softens_its_own_test() -> None:
     # As text: what was measured nowhere is NaN, which equals nothing.
     expected, found = (str(evaluate_walk(limp, c, episodes=8, seconds=1.5)) for c in (LIMP, soft))
     assert found == expected
+
+
+# What a policy brings along to its test: the robot's physics and servos, its observation and its gait; and
+# what only a training looks at.
+POLICYS_OWN = {
+    *("robot", "engine", "num_threads", "graph", "timestep", "frame_skip", "solver_iterations"),
+    *("line_search_iterations", "control_mode", "actuator", "torque_speed", "action_scale", "action_limit"),
+    *(
+        "gait_period",
+        "swing_fraction",
+        "swing_height",
+        "actor_observations",
+        "critic_observations",
+        "wrappers",
+    ),
+    *("rewards", "tracking_sigma", "tracking_time", "target_height", "pose_weights", "harness_fall_time"),
+}
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_the_test_takes_every_other_figure_from_the_task(
+    monkeypatch: pytest.MonkeyPatch, straight: bool
+) -> None:
+    """A new field of the configuration is decided on here, or a policy may choose it."""
+    seen: list[HumanoidEnvConfig] = []
+
+    def look(config: HumanoidEnvConfig, statistics: None) -> None:
+        seen.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr("kouros.envs.evaluation.make_policy_env", look)
+    clock = {name: getattr(HumanoidEnvConfig(), name) for name in ("timestep", "frame_skip")}
+    easy = dataclasses.replace(HumanoidEnvConfig(), **{**OTHER, **clock, "heading_fraction": 0.7})
+    for config in (HumanoidEnvConfig(), easy):
+        with pytest.raises(InterruptedError):
+            evaluate_walk(limp, config, straight=straight)
+    for field in dataclasses.fields(HumanoidEnvConfig):
+        same = getattr(seen[0], field.name) == getattr(seen[1], field.name)
+        assert same or field.name in POLICYS_OWN, field.name
+
+
+@pytest.mark.parametrize("condition", ROBUST)
+def test_conditions_fit_policies_that_observe_little(condition: str) -> None:
+    config = HumanoidEnvConfig(actor_observations=("projected_gravity", "command", "joint_pos"))
+    result = evaluate_walk(limp, config, 2, 0.04, randomization=robust_randomization(condition, config))
+    assert result.survival == 1.0
 
 
 def test_what_could_not_be_measured_is_missed() -> None:

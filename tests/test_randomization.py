@@ -15,6 +15,7 @@ import torch
 from conftest import random_actions
 from kouros.envs.config import PRESETS, HumanoidEnvConfig, RandomizationConfig, randomization
 from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.randomization import draw
 from kouros.physics.rotations import rotate
 
@@ -149,6 +150,22 @@ def test_gravity_shows_in_free_fall(engine: str) -> None:
         fall = (momentum(env, world) - before[world]) / env.config.control_dt
         expected = env.simulation.model.opt.gravity + env.randomization["gravity"][world].numpy()
         np.testing.assert_allclose(fall, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_policy_feels_the_gravity_there_is(engine: str) -> None:
+    """A robot at rest measures what holds it up, as an accelerometer does; a fall is told by the ground."""
+    env = make(engine, 3, gravity=(-2.0, 2.0))
+    env.simulation.qpos[:, 3:7] = torch.tensor([0.9, 0.1, -0.2, 0.3]).to(env.simulation.dtype)
+    env.simulation.qpos[:, 3:7] /= env.simulation.qpos[:, 3:7].norm(dim=-1, keepdim=True)
+    env._refresh()
+    found = OBSERVATIONS["projected_gravity"].compute(env)
+    for world in range(3):
+        data = env.simulation.data(world)
+        gravity = env.simulation.model.opt.gravity + env.randomization["gravity"][world].numpy()
+        expected = data.xmat[1].reshape(3, 3).T @ (gravity / np.linalg.norm(gravity))
+        np.testing.assert_allclose(found[world], expected, atol=1e-5)
+    assert (found + env.base_up_b).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -403,21 +420,19 @@ def test_both_engines_get_the_same_robots() -> None:
     assert not torch.equal(other.randomization.values, values[0])
 
 
-def test_going_on_from_a_saved_state_is_going_on() -> None:
-    config = HumanoidEnvConfig(
-        num_envs=8, max_episode_length=10, actuator="explicit", randomization=randomization("sim2real")
-    )
-    env, other = HumanoidBaseEnv(config), HumanoidBaseEnv(config)
-    env.reset(seed=3)
-    generator = torch.Generator().manual_seed(0)
-    actions = [random_actions(env, generator) for _ in range(20)]
-    for action in actions[:7]:
-        env.step(action)
-    other.load_state_dict(env.state_dict())
-    for action in actions[7:]:
-        a, b = env.step(action), other.step(action)
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        assert torch.equal(a[4]["critic_obs"], b[4]["critic_obs"])
+def test_a_seed_forgets_all_noise_and_delay() -> None:
+    """Wherever an environment comes from, the same seed gives what a new one returns."""
+    told = dataclasses.replace(randomization("sim2real"), population=8, sensor_delay=(0.0, 0.05))
+    env, new = (HumanoidBaseEnv(HumanoidEnvConfig(num_envs=4, randomization=told)) for _ in range(2))
+    for _ in range(3):
+        env.step(torch.ones(4, 29))
+    noise = env.randomization.noise.clone()
+    env.reset(options={"reset_mask": torch.tensor([True, False, False, True])})
+    assert torch.equal(env.randomization.noise[1:3], noise[1:3])
+    assert (env.randomization.noise[0] != noise[0]).any()
+    assert torch.equal(env.reset(seed=3)[0], new.reset(seed=3)[0])
+    for _ in range(3):
+        assert torch.equal(env.step(torch.zeros(4, 29))[0], new.step(torch.zeros(4, 29))[0])
 
 
 def test_the_critic_sees_the_draws_and_their_reflection_is_one() -> None:
@@ -436,6 +451,50 @@ def test_the_critic_sees_the_draws_and_their_reflection_is_one() -> None:
     yaw = env.robot.joint_names.index("left_hip_yaw_joint")
     assert float(sign[bias + yaw]) == -1.0
     assert len(env.mirror["critic_obs"][0]) == info["critic_obs"].shape[1]
+
+
+@pytest.mark.parametrize("actuator", ["implicit", "explicit"])
+def test_a_mirrored_robot_in_a_mirrored_state_moves_mirrored(
+    monkeypatch: pytest.MonkeyPatch, actuator: str
+) -> None:
+    """World 1 has the reflection of world 0's draws, of every term: physics and observations follow."""
+    delays = {"action_delay": (0.0, 0.02), "sensor_delay": (0.0, 0.05)}
+    fields = {"actuator": actuator, "torque_speed": True, "solver_iterations": 50, "harness": 0.5}
+    env = make("c", 2, fields, **MODEL_TERMS, **delays)
+    sim, draws = env.simulation, env.randomization
+    assert set(draws.names) == {*RandomizationConfig.FACTORS, *RandomizationConfig.OFFSETS}
+    names = iter(draws.names)
+
+    def reflected(*bounds: Any) -> torch.Tensor:
+        values, part = draw(*bounds), draws.columns[next(names)]
+        index, sign = (rule[part] for rule in draws.mirror)
+        values[1] = sign * values[0, index - part.start]
+        return values
+
+    monkeypatch.setattr("kouros.envs.randomization.draw", reflected)
+    draws._draw_population()
+    everyone = torch.ones(2, dtype=torch.bool)
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.arange(n) / 64)  # robots 0 and 1 of 64
+    env._randomize(everyone)
+    monkeypatch.undo()
+
+    def mirrored(x: torch.Tensor, name: str) -> torch.Tensor:
+        index, sign = env.mirror[name]
+        return sign.to(x.dtype) * x[:, index]
+
+    sim.qpos[1, :7] = torch.tensor([1.0, -1, 1, 1, -1, 1, -1]).double() * sim.qpos[0, :7]
+    sim.qpos[1, 7:] = mirrored(sim.qpos[:1, 7:], "action")
+    env.set_command(torch.tensor([[0.4, 0.2, 0.3], [0.4, -0.2, -0.3]]))
+    env.phase[:] = torch.tensor([0.1, 0.6])
+    env._refresh()
+    env._observations(everyone)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):  # then a foot lands one physics step sooner than its image
+        action = torch.randn(1, 29, generator=generator)
+        obs, *_, info = env.step(torch.cat((action, mirrored(action, "action"))))
+        for name, values in (("obs", obs), ("critic_obs", info["critic_obs"])):
+            torch.testing.assert_close(mirrored(values[:1], name), values[1:], atol=2e-2, rtol=2e-2)
+    assert obs.abs().max() > 0.5 and (draws.values[0] != draws.values[1]).sum() > 100
 
 
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform", "normal"])
@@ -496,6 +555,7 @@ def test_every_field_of_the_randomization_is_tested_here() -> None:
     ("terms", "message"),
     [
         ({"mass": (1.2, 0.8)}, r"mass=\(1.2, 0.8\): must be \(lowest, highest\)"),
+        ({"mass": 1.2}, r"mass=1.2: must be \(lowest, highest\)"),
         ({"mass": (-0.5, 1.0)}, r"mass=.*greater than 0"),
         ({"friction": (0.0, 1.0)}, r"friction=.*greater than 0"),
         ({"friction_loss": (-0.1, 0.0)}, r"friction_loss=.*not be negative"),

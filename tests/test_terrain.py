@@ -339,13 +339,13 @@ class TestLevels:
         env = make_env(24, terrain=RULE, max_episode_length=8, standing_fraction=0.3)
         sim, dt, moves = env.simulation, env.config.control_dt, {-1: 0, 0: 0, 1: 0}
         asked, followed, ends = np.zeros(24), np.zeros(24), []
-        change = env._change_levels
+        change = env.levels.change
 
-        def watched(done: torch.Tensor) -> None:
+        def watched(*arguments: torch.Tensor) -> None:
             ends.append(env.base_pos_w.clone().numpy())
-            change(done)
+            change(*arguments)
 
-        monkeypatch.setattr(env, "_change_levels", watched)
+        monkeypatch.setattr(env.levels, "change", watched)
         rng = np.random.default_rng(0)
         for step in range(80):
             if step % 8 == 5:
@@ -386,7 +386,7 @@ class TestLevels:
         for _ in range(4):
             env.simulation.qvel[:, :3] = rotate(env.base_quat_w, forward).double()
             env.step(torch.zeros(2, 29))
-        assert (env._followed > 0.8 * env._asked).all()
+        assert (env.levels.followed > 0.8 * env.levels.asked).all()
         env.simulation.qpos[0, 3:7] = torch.tensor([0.0, 1, 0, 0]).double()
         env.episode_length[1] = 39
         _, _, terminated, truncated, _ = env.step(torch.zeros(2, 29))
@@ -407,32 +407,15 @@ class TestLevels:
             env = make_env(8, terrain=dataclasses.replace(RULE, curriculum=curriculum))
             for _ in range(5):
                 env.step(torch.zeros(8, 29))
-            names = ("terrain_level", "spawn_xy", "_asked", "_followed", "base_height", "foot_height")
-            before = {name: getattr(env, name).clone() for name in names}
+            heights = {"base_height": env.base_height, "foot_height": env.foot_height}
+            tensors = {k: v for k, v in (env.levels.tensors() | heights).items() if v.dim()}
+            before = {name: tensor.clone() for name, tensor in tensors.items()}
             mask = torch.arange(8) % 3 == 0
             env.reset(options={"reset_mask": mask})
             for name, values in before.items():
-                assert torch.equal(getattr(env, name)[~mask], values[~mask]), name
+                assert torch.equal(tensors[name][~mask], values[~mask]), name
             assert (env.spawn_xy[mask] != before["spawn_xy"][mask]).all()
-            assert (env._asked[mask] == 0).all() and (before["_asked"] > 0).any()
-
-    def test_n_plus_n_equals_2n(self) -> None:
-        def run(env: HumanoidBaseEnv, steps: int):
-            for _ in range(steps):
-                result = env.step(torch.full((6, 29), 0.1))
-            return result
-
-        env = make_env(6, terrain=RULE, max_episode_length=15)
-        env.max_terrain_level.fill_(1.0)
-        run(env, 20)
-        saved = env.state_dict()
-        expected = run(env, 20)
-        again = make_env(6, seed=9, terrain=RULE, max_episode_length=15)
-        again.load_state_dict(saved)
-        found = run(again, 20)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-        assert torch.equal(again.terrain_level, env.terrain_level)
-        assert again.max_terrain_level == 1.0
+            assert (env.levels.asked[mask] == 0).all() and (before["asked"] > 0).any()
 
 
 @pytest.mark.parametrize("curriculum", [True, False])
@@ -511,6 +494,7 @@ def test_a_policy_of_rough_ground_is_tested_on_a_plane_or_on_any_terrain() -> No
             lambda: TerrainConfig(types=("stepping_stones",) * 9, stone_size=(0.2, 0.2)),
             r"make \d+ shapes, and 3000 is the limit",
         ),
+        (lambda: TerrainConfig(curriculum=True), "curriculum=True: there are no types of tile"),
         (lambda: TerrainConfig(types="flat"), "types='flat': must be a tuple of names"),
         (lambda: TerrainConfig(tile_size=3.0), "tile_size=3.0: must be at least 2 m more than the platform"),
         (lambda: TerrainConfig(tile_size=8.05), "tile_size=8.05: must be a multiple of 0.1 m"),

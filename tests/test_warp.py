@@ -13,9 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import random_actions
 from kouros import graphs
-from kouros.envs.config import TASKS, HumanoidEnvConfig, RandomizationConfig, randomization
+from kouros.envs.config import (
+    TASKS,
+    CurriculumConfig,
+    HumanoidEnvConfig,
+    RandomizationConfig,
+    randomization,
+)
 from kouros.envs.humanoid import _STATE, HumanoidBaseEnv
 from kouros.envs.scene import make_model
+from kouros.envs.wrappers import Env, ObservationWrapper, make_env
 from kouros.learning.config import PPOConfig
 from kouros.learning.ppo import PPOAgent
 from kouros.physics.simulation import Simulation, make_simulation
@@ -258,10 +265,17 @@ def test_state_stays_where_it_is(engine: str) -> None:
     """A recorded step reads what the last replay left: in the same memory."""
     env = HumanoidBaseEnv(HumanoidEnvConfig(engine=engine, **EVERYTHING))
     env.reset(seed=0)
-    places = {name: getattr(env, name).data_ptr() for name in (*_STATE, "_read")}
+
+    def places() -> list[int]:
+        own = [getattr(env, name) for name in (*_STATE, "_read")]
+        parts = [part.tensors().values() for part in (env.randomization, env.actuators, env.levels)]
+        return [tensor.data_ptr() for tensors in (own, *parts) for tensor in tensors]
+
+    before = places()
     for _ in range(5):
         env.step(torch.zeros(4, 29))
-    assert {name: getattr(env, name).data_ptr() for name in places} == places
+    env.load_state_dict(env.state_dict())
+    assert places() == before
 
 
 def poison(holder: object, places: set[int]) -> None:
@@ -276,16 +290,34 @@ def poison(holder: object, places: set[int]) -> None:
 def test_a_step_reads_nothing_that_the_last_one_left_elsewhere(task: str) -> None:
     """A graph would read there what it found when it was recorded, or what others have put there since."""
     env_config = dataclasses.replace(
-        TASKS[task](), heading_fraction=0.5, max_episode_length=6, harness_fall_time=0.1, **EVERYTHING
+        TASKS[task](),
+        heading_fraction=0.5,
+        max_episode_length=6,
+        harness_fall_time=0.1,
+        wrappers=("kinematic", "history:2", "normalize"),
+        curriculum=CurriculumConfig(
+            enabled=True,
+            names=("robust", "calm"),
+            terrain_difficulty=(1.0 * (task == "walk-rough"), 0.0),
+            command_speed=(1.0, 1.0),
+            push_frequency=(1.0, 0.0),
+            mass_variance=(1.0, 0.0),
+            friction_variance=(1.0, 0.0),
+        ),
+        **EVERYTHING,
     )
-    clean, spoilt = (HumanoidBaseEnv(env_config) for _ in range(2))
+    clean, spoilt = (make_env(env_config) for _ in range(2))
     for env in (clean, spoilt):
         env.reset(seed=0)
 
-    def holders(env: HumanoidBaseEnv) -> list[object]:
-        return [env, env.randomization, env.actuators, env.commands]
+    def holders(env: Env) -> list[object]:
+        layers: list[object] = [env]
+        while isinstance(env, ObservationWrapper):
+            env = env.env
+            layers.append(env)
+        return [*layers, env.randomization, env.actuators, env.commands, env.levels, env.curriculum]
 
-    def storages(env: HumanoidBaseEnv) -> list[set[int]]:
+    def storages(env: Env) -> list[set[int]]:
         tensors = ([v for v in vars(h).values() if isinstance(v, torch.Tensor)] for h in holders(env))
         return [{v.untyped_storage().data_ptr() for v in found} for found in tensors]
 

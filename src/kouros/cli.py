@@ -131,7 +131,7 @@ def evaluate(config: Eval) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from kouros.envs.evaluation import ROBUST, ROUGH, evaluate_walk, rough_field
+    from kouros.envs.evaluation import ROBUST, ROUGH, evaluate_walk, robust_randomization, rough_field
     from kouros.files import write_json
     from kouros.learning.run import load_policy
 
@@ -139,7 +139,7 @@ def evaluate(config: Eval) -> None:
     output = config.output or _beside(config.policy, "eval.json")
     conditions: dict[str, dict[str, Any]] = {"": {"randomization": config.randomization}}
     if config.suite == "robust":
-        conditions = {name: {"randomization": RandomizationConfig(**terms)} for name, terms in ROBUST.items()}
+        conditions = {name: {"randomization": robust_randomization(name, env_config)} for name in ROBUST}
     elif config.suite == "rough":
         conditions = {name: {"terrain": rough_field(name), "straight": True} for name in ROUGH}
     results: dict[str, WalkResult] = {}

@@ -146,12 +146,13 @@ class Actuators:
         if delay is not None:
             self.delay.copy_((delay / self._timestep).round())
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What one step leaves for the next."""
+        return {"targets": self._targets, "delay": self.delay, **self._parameters}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: t.clone() for name, t in self._state().items()}
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name, tensor in self._state().items():
+        for name, tensor in self.tensors().items():
             tensor.copy_(state[name])
-
-    def _state(self) -> dict[str, torch.Tensor]:
-        return {"targets": self._targets, "delay": self.delay, **self._parameters}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_type_hints
 
-from kouros.checks import check_choice, require, require_numbers
+from kouros.checks import check_choice, require, require_numbers, require_range
 
 WALK_REWARDS = {
     "track_linear_velocity": 3.0,
@@ -206,8 +206,7 @@ class RandomizationConfig:
         require_numbers(self)
         drawn = (*self.FACTORS, *self.OFFSETS)
         for name in (*drawn, "push_velocity", "push_interval", "initial_joint_pos", "initial_velocity"):
-            low, high = getattr(self, name)
-            require(self, name, low <= high, "must be (lowest, highest)")
+            require_range(self, name)
         for name in (*self.FACTORS, "push_interval"):
             require(self, name, getattr(self, name)[0] > 0, "must be greater than 0")
         for name in ("joint_damping", "friction_loss", "action_delay", "sensor_delay", "push_velocity"):
@@ -320,6 +319,7 @@ class TerrainConfig:
         require_numbers(self)
         require(self, "types", isinstance(self.types, tuple | list), "must be a tuple of names")
         require(self, "levels", self.levels > 0, "must be greater than 0")
+        require(self, "curriculum", not self.curriculum or len(self.types) > 0, "there are no types of tile")
         require(self, "seed", self.seed >= 0, "must not be negative")
         low, high = self.difficulty
         require(self, "difficulty", 0 <= low <= high <= 1, "must be (first, last), 0 to 1")
@@ -478,8 +478,7 @@ class HumanoidEnvConfig:
         for name in not_negative.split():
             require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("command_vx", "command_vy", "command_yaw"):
-            low, high = getattr(self, name)
-            require(self, name, low <= high, "must be (lowest, highest)")
+            require_range(self, name)
         require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
         for name in ("standing_fraction", "heading_fraction"):
             require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")

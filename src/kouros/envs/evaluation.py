@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -27,7 +28,9 @@ FIXED = (
     "command_vx",
     "command_vy",
     "command_yaw",
+    "standing_command",
     "heading_fraction",
+    "heading_stiffness",
     "resampling_interval",
     "fall_tilt",
     "fall_height",
@@ -86,6 +89,15 @@ STRAIGHT: dict[str, Any] = {
     "resampling_interval": 1e4,
     "standing_fraction": 0.0,
 }
+
+
+def robust_randomization(condition: str, config: HumanoidEnvConfig) -> RandomizationConfig:
+    """One of :data:`ROBUST`, for the environment of a policy: noise on what it observes."""
+    terms = copy.deepcopy(ROBUST[condition])
+    noise = terms.get("observation_noise", {})
+    for name in noise.keys() - set(config.actor_observations):
+        del noise[name]
+    return RandomizationConfig(**terms)
 
 
 def rough_field(condition: str) -> TerrainConfig:

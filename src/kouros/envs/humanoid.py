@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from kouros.checks import check_choice, require
+from kouros.checks import check_choice, require, require_state
 from kouros.envs.actuators import Actuators
 from kouros.envs.commands import VelocityCommands
 from kouros.envs.config import HumanoidEnvConfig
@@ -22,7 +22,7 @@ from kouros.envs.observations import OBSERVATIONS, SCAN_X, SCAN_Y, reflection
 from kouros.envs.randomization import DomainRandomizer
 from kouros.envs.rewards import REWARDS
 from kouros.envs.scene import Camera, make_model, room_for_contacts
-from kouros.envs.terrain import SPAWN_NOISE, Ground, make_terrain
+from kouros.envs.terrain import Ground, TerrainLevels, make_terrain
 from kouros.graphs import Recorded, is_recording
 from kouros.physics.articulation import ArticulationView
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, up_in_body
@@ -91,14 +91,14 @@ class HumanoidBaseEnv(VectorEnv):
       base_height, foot_height: ``(num_envs,)`` and ``(num_envs, 2)``, heights above the ground under the
         base and under each foot, m, with holes in the ground taken as filled.
       ground: heights of the terrain, None on a flat plane; :meth:`height_at` asks either.
-      terrain_type, terrain_level: ``(num_envs,)`` int, column and row of the tile where each world's
-        episodes begin.
-      max_terrain_level: scalar, the highest level that worlds are given; write it in place.
-      spawn_xy: ``(num_envs, 2)``, where the base was at the reset, m, world frame (with a terrain).
+      terrain_type, terrain_level, max_terrain_level, spawn_xy: on which tile each world's episodes begin, see
+        :class:`kouros.envs.terrain.TerrainLevels`.
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
-      final_joint_pos, final_base_lin_vel_b: ``joint_pos`` and ``base_lin_vel_b`` before the last step
-        reset any world.
+      measured_joint_pos: ``(num_envs, num_joints)``, what the policy knows of ``joint_pos``, rad: its bias,
+        noise and delay included.
+      final_joint_pos, final_measured_joint_pos, final_base_lin_vel_b: what those without ``final`` were
+        before the last step reset any world.
 
     Args:
       config: the task's figures; the task ``walk`` if None.
@@ -148,7 +148,6 @@ class HumanoidBaseEnv(VectorEnv):
         self._recorded: Recorded | None = None
         self._allocate()
         self._refresh()
-        self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
 
         actor, critic = config.actor_observations, config.critic_observations
         sizes = [OBSERVATIONS[name].compute(self).shape[1] for name in actor]
@@ -212,6 +211,8 @@ class HumanoidBaseEnv(VectorEnv):
             self._heights = zeros(3)
             self.base_height, self.foot_height = self._heights[:, 0], self._heights[:, 1:]
 
+        tilted = "gravity" in config.randomization.enabled()
+        self._gravity = sim.model_field("opt.gravity") if tilted else None
         self.default_joint_pos = constant(robot.default_joint_pos)
         self.weight = float(model.body_mass.sum() * np.linalg.norm(model.opt.gravity))
         self.commands = VelocityCommands(config, self._generator)
@@ -239,18 +240,10 @@ class HumanoidBaseEnv(VectorEnv):
         low[moving], high[moving] = config.randomization.initial_velocity
         self._initial_low, self._initial_range = constant(low), constant(high - low)
 
-        terrain = config.terrain
-        self.max_terrain_level = torch.tensor(float(terrain.levels - 1), device=self.device)
-        self.terrain_level, self._asked, self._followed = zeros(dtype=torch.int64), zeros(), zeros()
-        self.terrain_type = torch.arange(n, device=self.device) % max(1, len(terrain.types))
-        self.spawn_xy = zeros(2)
+        self.levels = TerrainLevels(config.terrain, n, self._generator)
+        self.terrain_type, self.terrain_level = self.levels.type, self.levels.level
+        self.max_terrain_level, self.spawn_xy = self.levels.highest, self.levels.spawn_xy
         self.scan_points = constant(np.stack(np.meshgrid(SCAN_X, SCAN_Y, indexing="ij"))).flatten(1)
-        names = [terrain.types[i] for i in self.terrain_type.tolist()] if terrain.types else []
-        # A mean over all worlds is to be the mean over the worlds of a type.
-        self._level_scale = {
-            name: constant([(x == name) * n / names.count(name) for x in names])
-            for name in dict.fromkeys(names)
-        }
         offset, scale = {
             "position": (robot.default_joint_pos, robot.action_scale),
             "velocity": (np.zeros(robot.num_joints), np.ones(robot.num_joints)),
@@ -264,7 +257,7 @@ class HumanoidBaseEnv(VectorEnv):
             raise ValueError(f"robot={robot.name!r}: joint_names must be in the order of the model's joints")
 
         rewards = config.rewards
-        others = 5 + bool(names) + len(self._level_scale)
+        others = 5 + len(self.levels.metric_names)
         self._metric_scale = constant([*rewards.values(), *[1.0] * others]).unsqueeze(-1)
         self.metric_names = (
             *(f"reward/{name}" for name in rewards),
@@ -273,8 +266,7 @@ class HumanoidBaseEnv(VectorEnv):
             "task/harness",
             "task/sick_worlds",
             "task/overflown_worlds",
-            *["task/terrain_level"][: len(names)],
-            *(f"task/level_{name}" for name in self._level_scale),
+            *self.levels.metric_names,
         )
 
     def reset(
@@ -308,6 +300,7 @@ class HumanoidBaseEnv(VectorEnv):
                 self.curriculum.restart()
             self.terrain_level.masked_fill_(mask, 0)
         self._begin_episodes(mask)
+        self.randomization.begin(mask)
         self._refresh()
         self.commands.resample(mask, self.base_quat_w)
         obs, critic_obs = self._observations(mask)
@@ -370,7 +363,7 @@ class HumanoidBaseEnv(VectorEnv):
 
         self.fallen = (
             self.sick
-            | (self.projected_gravity[:, 2] > -math.cos(config.fall_tilt))
+            | (self.base_up_b[:, 2] < math.cos(config.fall_tilt))
             | (self.base_height < config.fall_height)
         )
         if config.harness:
@@ -382,7 +375,7 @@ class HumanoidBaseEnv(VectorEnv):
         over = self.episode_length >= config.max_episode_length
         if self.ground is not None:
             over = over | (self.base_pos_w[:, :2].abs() > self.ground.edge - EDGE).any(-1)
-            self._follow()
+            self.levels.follow(self.velocity[:, :2], self.command[:, :2], config.control_dt)
         truncations = over & ~terminations
         done = terminations | truncations
         rewards, metrics = self._rewards()
@@ -394,6 +387,8 @@ class HumanoidBaseEnv(VectorEnv):
         length = self.episode_length * done
         final_obs, final_critic_obs = obs, critic_obs = self._observations()
         self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
+        exact = self.measured_joint_pos is self.joint_pos
+        self.final_measured_joint_pos = self.final_joint_pos if exact else self.measured_joint_pos
         info = {
             "_episode": done,
             "episode": {
@@ -414,7 +409,9 @@ class HumanoidBaseEnv(VectorEnv):
                 self._push(pushed)
         if sim.may_have(done):
             if config.terrain.curriculum:
-                self._change_levels(done)
+                left = config.control_dt * (config.max_episode_length - self.episode_length)
+                left = self.command[:, :2].norm(dim=-1) * left
+                self.levels.change(done & ~self.sick, self.base_pos_w[:, :2], left)
             self._begin_episodes(done)
         if sim.may_have(changed):
             self._refresh()
@@ -441,6 +438,9 @@ class HumanoidBaseEnv(VectorEnv):
         self._read.masked_fill_(self.sick.unsqueeze(-1), 0.0)
         self.base_up_b = up_in_body(self.base_quat_w)
         self.projected_gravity = -self.base_up_b
+        if self._gravity is not None:
+            down = torch.nn.functional.normalize(self._gravity.float(), dim=-1)
+            self.projected_gravity = rotate_inverse(self.base_quat_w, down)
         self.base_lin_vel_b = rotate_inverse(self.base_quat_w, self.base_lin_vel_w)
         self.foot_contact = (self._foot_contacts > 0).float()
         if self.ground is not None:
@@ -474,7 +474,9 @@ class HumanoidBaseEnv(VectorEnv):
         """The actor's observation, as measured, and the critic's: the same terms as they are, and its own."""
         names = self.config.actor_observations + self.config.critic_observations
         true = torch.cat([OBSERVATIONS[name].compute(self) for name in names], dim=-1)
-        return self.randomization.observe(true[:, : self._actor_dim], fresh), true
+        seen = self.randomization.observe(true[:, : self._actor_dim], fresh)
+        self.measured_joint_pos = self.randomization.joint_positions(self.joint_pos, seen)
+        return seen, true
 
     def _rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards ``(num_envs,)`` and the metrics ``(len(metric_names), num_envs)``."""
@@ -482,8 +484,7 @@ class HumanoidBaseEnv(VectorEnv):
         error = (self.command - self.velocity).square()
         speed_error, yaw_error = error[:, :2].sum(-1).sqrt(), error[:, 2].sqrt()
         wrong = (self.sick.float(), self.simulation.overflow().float())
-        level = self.terrain_level.float()
-        levels = [level, *(level * scale for scale in self._level_scale.values())] if self.ground else []
+        levels = self.levels.metrics()
         columns = torch.stack([*terms, speed_error, yaw_error, self.harness, *wrong, *levels])
         metrics = columns * self._metric_scale
         # What a sick world did is nobody's merit or fault.
@@ -540,7 +541,7 @@ class HumanoidBaseEnv(VectorEnv):
         state = torch.addcmul(self._initial_low, self._initial_range, draw[:, 2:])
         state[:, 3:7] = quat_from_yaw((2.0 * torch.pi) * draw[:, 0])
         if self.ground is not None:
-            state[:, :3] += self._first_positions(self.ground, mask)
+            state[:, :3] += self.levels.begin(mask, self.ground)
         qpos, qvel = state.to(sim.dtype).split([sim.model.nq, sim.model.nv], dim=1)
         sim.reset(mask)
         self._randomize(mask)
@@ -587,45 +588,6 @@ class HumanoidBaseEnv(VectorEnv):
             delay = drawn.get("action_delay")
         self.actuators.begin(mask, self.action_offset, delay)
 
-    def _first_positions(self, ground: Ground, mask: torch.Tensor) -> torch.Tensor:
-        """Where episodes begin, ``(num_envs, 3)``, on the tiles of each world's level and type."""
-        if not self.config.terrain.curriculum:
-            self.terrain_level.copy_(torch.where(mask, self._any_level(), self.terrain_level))
-        centre = ground.centres[self.terrain_level, self.terrain_type]
-        xy = centre + SPAWN_NOISE * (2.0 * self._uniform(2) - 1.0)
-        self.spawn_xy.copy_(torch.where(mask.unsqueeze(-1), xy, self.spawn_xy))
-        self._asked.masked_fill_(mask, 0.0)
-        self._followed.masked_fill_(mask, 0.0)
-        return torch.cat((xy, ground.highest_around(xy).unsqueeze(-1)), dim=-1)
-
-    def _any_level(self) -> torch.Tensor:
-        return (self._uniform(1)[:, 0] * (self.max_terrain_level.floor() + 1.0)).long()
-
-    def _follow(self) -> None:
-        """Count how far (m) the commands of the episode go, and how far the robot went their way."""
-        command = self.command[:, :2]
-        speed = command.norm(dim=-1)
-        along = (self.velocity[:, :2] * command).sum(-1) / speed.clamp(min=1e-6)
-        self._asked.add_(speed, alpha=self.config.control_dt)
-        self._followed.add_(along, alpha=self.config.control_dt)
-
-    def _change_levels(self, done: torch.Tensor) -> None:
-        """Promotion by distance, as in Rudin et al. 2022 (arXiv 2109.11978).
-
-        Up a level where the robot ends more than half a tile from where it began; down where it went less
-        than half of the way that its commands asked for, the rest of an episode cut short by a fall
-        included. Whoever has solved the highest level gets any.
-        """
-        config = self.config
-        rest = (config.max_episode_length - self.episode_length) * config.control_dt
-        asked = self._asked + self.command[:, :2].norm(dim=-1) * rest
-        moved = (self.base_pos_w[:, :2] - self.spawn_xy).norm(dim=-1)
-        up = (moved > 0.5 * config.terrain.tile_size) & ~self.sick
-        down = (self._followed < 0.5 * asked) & ~up
-        level = self.terrain_level + up.long() - down.long()
-        level = torch.where(level > self.max_terrain_level, self._any_level(), level.clamp(min=0))
-        self.terrain_level.copy_(torch.where(done, level, self.terrain_level))
-
     def render(self, world: int = 0) -> np.ndarray:  # type: ignore[override]
         """A picture of one world, RGB ``(480, 640, 3)`` uint8.
 
@@ -649,6 +611,7 @@ class HumanoidBaseEnv(VectorEnv):
             "randomization": self.randomization.state_dict(),
             "actuators": self.actuators.state_dict(),
             **{name: getattr(self, name).clone() for name in _STATE},
+            "levels": {name: tensor.clone() for name, tensor in self.levels.tensors().items()},
             **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
@@ -656,17 +619,21 @@ class HumanoidBaseEnv(VectorEnv):
         """Go on from :meth:`state_dict`, bit for bit.
 
         Raises:
-          ValueError: the state is of another number of worlds or another model, or one of both has no
-            curriculum.
+          ValueError: the state is of another number of worlds, another model, other randomization or
+            actuators, or one of both has no curriculum.
         """
         if ("curriculum" in state) != (self.curriculum is not None):
             raise ValueError("curriculum: switched on in the state or in this environment, not in both")
+        require_state("randomization", state["randomization"], self.randomization.tensors())
+        require_state("actuators", state["actuators"], self.actuators.tensors())
         self.simulation.load_state_dict(state["simulation"])
         self._generator.set_state(state["generator"].cpu())
         self.randomization.load_state_dict(state["randomization"])
         self.actuators.load_state_dict(state["actuators"])
         for name in _STATE:
             getattr(self, name).copy_(state[name])
+        for name, tensor in self.levels.tensors().items():
+            tensor.copy_(state["levels"][name])
         if self.curriculum:
             self.curriculum.load_state_dict(state["curriculum"])
         self._refresh()
@@ -688,11 +655,6 @@ _STATE = (
     "_episode_return",
     "harness",
     "until_push",
-    "terrain_level",
-    "max_terrain_level",
-    "spawn_xy",
-    "_asked",
-    "_followed",
 )
 
 

@@ -73,7 +73,8 @@ def base_ang_vel(env: HumanoidBaseEnv) -> torch.Tensor:
 
 @observation(mirror="vector", measured=True)
 def projected_gravity(env: HumanoidBaseEnv) -> torch.Tensor:
-    """Direction of gravity, base frame, unit length: (0, 0, -1) when upright."""
+    """Direction of gravity, base frame, unit length: (0, 0, -1) when upright on level ground. Where the
+    randomization tilts gravity, this is the tilted one, as an accelerometer has it."""
     return env.projected_gravity
 
 

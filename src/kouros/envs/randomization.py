@@ -105,7 +105,15 @@ class DomainRandomizer:
         self._noise_std, self._measured = std.to(device), measured.to(device)
         self._noisy = bool((std > 0).any())
         self.noise = torch.zeros(n, width, device=device)
-        self._encoder = observations.get("joint_pos") if "encoder_bias" in self.names else None
+        self._joint_pos = observations.get("joint_pos")
+        self._default_joint_pos = torch.tensor(self.robot.default_joint_pos).float().to(device)
+        inexact = {*self.names, *self.config.observation_noise} & {
+            "encoder_bias",
+            "sensor_delay",
+            "joint_pos",
+        }
+        self._inexact = bool(inexact)
+        self._encoder = self._joint_pos if "encoder_bias" in self.names else None
         ages = 0
         if "sensor_delay" in self.names:
             ages = int(np.ceil(self.config.sensor_delay[1] / self._control_dt - 1e-9))
@@ -268,6 +276,11 @@ class DomainRandomizer:
     def _normal(self, size: int) -> torch.Tensor:
         return torch.randn(self.num_envs, size, generator=self._generator, device=self.device)
 
+    def begin(self, mask: torch.Tensor) -> None:
+        """Episodes begin in the worlds of the mask, ``(num_envs,)``: new noise on what they see first."""
+        if self._noisy:
+            self.noise.copy_(torch.where(mask.unsqueeze(-1), self.get_observation_noise(), self.noise))
+
     def advance(self) -> None:
         """A control step passes: new noise, older frames."""
         if self._noisy:
@@ -297,8 +310,24 @@ class DomainRandomizer:
             late = torch.lerp(self.frames[i], late, (age - i).clamp(0.0, 1.0))
         return torch.where(self._measured, late, seen)
 
+    def joint_positions(self, true: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """What the policy knows of the joint positions, rad: its observation of them; ``true`` itself where
+        that is exact; what the encoders read where it observes none.
+
+        Args:
+          true: joint positions, ``(num_envs, num_joints)``.
+          seen: what :meth:`observe` returned.
+        """
+        if self._joint_pos and self._inexact:
+            return seen[:, self._joint_pos] + self._default_joint_pos
+        return true + self["encoder_bias"] if "encoder_bias" in self.names else true
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What one step leaves for the next."""
+        return {name: getattr(self, name) for name in ("values", "noise", "frames", "push_frequency")}
+
     def state_dict(self) -> dict[str, Any]:
-        tensors = {name: getattr(self, name).clone() for name in STATE}
+        tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
         return {"seed": self._seed, "scale": dict(self._scale), **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -306,11 +335,9 @@ class DomainRandomizer:
             self._seed, self._scale = state["seed"], dict(state["scale"])
             if self.names:
                 self._draw_population()
-        for name in STATE:
-            getattr(self, name).copy_(state[name])
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
 
-
-STATE = ("values", "noise", "frames", "push_frequency")
 
 # Model fields of the simulation, and the term that changes each.
 FIELDS = {

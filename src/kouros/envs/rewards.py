@@ -60,7 +60,7 @@ def alive(env: HumanoidBaseEnv) -> torch.Tensor:
 @reward
 def tilt(env: HumanoidBaseEnv) -> torch.Tensor:
     """Squared sine of the base's tilt and of the torso's, summed."""
-    base, torso = env.projected_gravity[:, :2], env.torso_up_w[:, :2]
+    base, torso = env.base_up_b[:, :2], env.torso_up_w[:, :2]
     return base.square().sum(-1) + torso.square().sum(-1)
 
 

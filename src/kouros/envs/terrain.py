@@ -332,3 +332,90 @@ class Ground:
         index = ((xy + self.edge) * (1.0 / RASTER)).long()
         row = index[..., 0].clamp(0, self._rows - 1)
         return row * self._columns + index[..., 1].clamp(0, self._columns - 1)
+
+
+class TerrainLevels:
+    """On which tile each world's episodes begin, in tensors that stay where they are.
+
+    Worlds are shared evenly among the types. With ``config.curriculum`` each world has a level of its own,
+    see :meth:`change`; without it, a level is drawn for every episode.
+
+    Attributes:
+      type: ``(num_envs,)`` int, index of the world's type.
+      level: ``(num_envs,)`` int, row of the field.
+      highest: scalar, the highest level that worlds are given; write it in place.
+      spawn_xy: ``(num_envs, 2)``, where the base was at the reset, m, world frame.
+      asked, followed: ``(num_envs,)``, how far the commands of the episode go so far, and how far the robot
+        went their way, m.
+      metric_names: of :meth:`metrics`; none on a flat plane.
+
+    Args:
+      config: of the terrain.
+      num_envs: number of worlds.
+      generator: of the draws; every world draws, masked or not.
+    """
+
+    def __init__(self, config: TerrainConfig, num_envs: int, generator: torch.Generator) -> None:
+        self.config, self._generator, device = config, generator, generator.device
+        self.type = torch.arange(num_envs, device=device) % max(1, len(config.types))
+        self.level = torch.zeros_like(self.type)
+        self.highest = torch.tensor(float(config.levels - 1), device=device)
+        self.spawn_xy = torch.zeros(num_envs, 2, device=device)
+        self.asked, self.followed = (torch.zeros(num_envs, device=device) for _ in range(2))
+        names = [config.types[i] for i in self.type.tolist()] if config.types else []
+        kinds = list(dict.fromkeys(names))
+        self.metric_names = ("task/terrain_level", *(f"task/level_{kind}" for kind in kinds)) if kinds else ()
+        # A mean over all worlds is to be the mean over the worlds of a type.
+        shares = [[(x == kind) * num_envs / names.count(kind) for x in names] for kind in kinds]
+        shares = [[1.0] * num_envs, *shares][: len(self.metric_names)]
+        self._shares = torch.tensor(shares, device=device).view(len(shares), num_envs)
+
+    def metrics(self) -> torch.Tensor:
+        """Levels, of all and by type, ``(len(metric_names), num_envs)``: rows whose means are the means."""
+        return self.level * self._shares
+
+    def begin(self, mask: torch.Tensor, ground: Ground) -> torch.Tensor:
+        """Where the worlds of the mask begin their episodes, on the ground, ``(num_envs, 3)``, m."""
+        if not self.config.curriculum:
+            self.level.copy_(torch.where(mask, self._any(), self.level))
+        xy = ground.centres[self.level, self.type] + SPAWN_NOISE * (2.0 * self._uniform(2) - 1.0)
+        self.spawn_xy.copy_(torch.where(mask.unsqueeze(-1), xy, self.spawn_xy))
+        for way in (self.asked, self.followed):
+            way.masked_fill_(mask, 0.0)
+        return torch.cat((xy, ground.highest_around(xy).unsqueeze(-1)), dim=-1)
+
+    def follow(self, velocity: torch.Tensor, command: torch.Tensor, dt: float) -> None:
+        """Take in a step of ``dt`` seconds: velocities and commands (m/s, base frame), ``(num_envs, 2)``."""
+        speed = command.norm(dim=-1)
+        along = (velocity * command).sum(-1) / speed.clamp(min=1e-6)
+        self.asked.add_(speed, alpha=dt)
+        self.followed.add_(along, alpha=dt)
+
+    def change(self, done: torch.Tensor, xy: torch.Tensor, left: torch.Tensor) -> None:
+        """Promotion by distance, as in Rudin et al. 2022 (arXiv 2109.11978).
+
+        Up a level where the robot ends more than half a tile from where it began; down where it went less
+        than half of the way that its commands asked for, the rest of an episode cut short by a fall
+        included. Whoever has solved the highest level gets any.
+
+        Args:
+          done: bool ``(num_envs,)``, worlds whose episode ends.
+          xy: ``(num_envs, 2)``, where, m, world frame.
+          left: ``(num_envs,)``, the way that was still to go, m.
+        """
+        up = (xy - self.spawn_xy).norm(dim=-1) > 0.5 * self.config.tile_size
+        down = (self.followed < 0.5 * (self.asked + left)) & ~up
+        level = self.level + up.long() - down.long()
+        level = torch.where(level > self.highest, self._any(), level.clamp(min=0))
+        self.level.copy_(torch.where(done, level, self.level))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What one step leaves for the next."""
+        return {n: getattr(self, n) for n in ("level", "highest", "spawn_xy", "asked", "followed")}
+
+    def _any(self) -> torch.Tensor:
+        return (self._uniform(1)[:, 0] * (self.highest.floor() + 1.0)).long()
+
+    def _uniform(self, columns: int) -> torch.Tensor:
+        device = self.level.device
+        return torch.rand(len(self.level), columns, generator=self._generator, device=device)

@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import VectorWrapper
 from gymnasium.vector.utils import batch_space
 
+from kouros.checks import require_state
 from kouros.envs.config import HumanoidEnvConfig, parse_wrapper
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.normalizer import Normalizer
@@ -112,12 +113,7 @@ class ObservationWrapper(VectorWrapper):
           ValueError: the state is of another stack, another number of worlds or another model.
         """
         own = self._tensors()
-        found = {name: tuple(x.shape) for name, x in state.items() if isinstance(x, torch.Tensor)}
-        if "env" not in state or found != {name: tuple(tensor.shape) for name, tensor in own.items()}:
-            raise ValueError(
-                f"environment state: not of {type(self).__name__} as it is here; use the run's own wrappers "
-                "and num_envs"
-            )
+        require_state(type(self).__name__, state, own)
         self.env.load_state_dict(state["env"])
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -130,9 +126,10 @@ class KinematicObservation(ObservationWrapper):
     """Appends the places of both hands, and the base's velocity where asked.
 
     The hands are the robot's sites ``robot.hands`` in the base frame, m, left then right: forward kinematics
-    of the present joint positions, the true ones, whatever encoders read. The velocity is the base's, base
-    frame, m/s; no robot measures it, so that a policy that sees it cannot be exported. Both go to the policy
-    and to the critic.
+    of the joint positions; the policy's of those that it knows (bias, noise and delay of the encoders
+    included), as on a robot, and the critic's of the true ones. The velocity is the base's, base frame, m/s;
+    no robot measures it, so that a policy that sees it cannot be exported. Both go to the policy and to the
+    critic.
 
     Args:
       env: the environment to wrap.
@@ -163,13 +160,22 @@ class KinematicObservation(ObservationWrapper):
         self.chains = read_chains(env.simulation.model, robot.base_body, robot.hands)
         self._hands = SitePositions(self.chains, robot.joint_names).to(env.device)
 
+    def _both(self, when: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """What is appended for the policy and for the critic: of now, or of the state before any reset."""
+        true, known, velocity = (
+            getattr(self.env, f"{when}{name}")
+            for name in ("joint_pos", "measured_joint_pos", "base_lin_vel_b")
+        )
+        critic = self._seen(true, velocity)
+        return (critic if known is true else self._seen(known, velocity)), critic
+
     def _seen(self, joint_pos: torch.Tensor, base_lin_vel_b: torch.Tensor) -> torch.Tensor:
         parts = [self._hands(joint_pos).flatten(1)] if self._fk else []
         return torch.cat(parts + [base_lin_vel_b] * self._velocity, dim=-1)
 
     def _append(self, obs: torch.Tensor, info: dict[str, Any]) -> torch.Tensor:
-        seen = self._seen(self.joint_pos, self.base_lin_vel_b)
-        info["critic_obs"] = torch.cat((info["critic_obs"], seen), dim=-1)
+        seen, true = self._both()
+        info["critic_obs"] = torch.cat((info["critic_obs"], true), dim=-1)
         return torch.cat((obs, seen), dim=-1)
 
     def reset(
@@ -183,18 +189,17 @@ class KinematicObservation(ObservationWrapper):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         obs, rewards, terminated, truncated, info = self.env.step(actions)
         obs = self._append(obs, info)
-        final = obs[:, -self._added :]
-        done = terminated | truncated
+        done = (terminated | truncated).unsqueeze(-1)
+        finals = [x[:, -self._added :] for x in (obs, info["critic_obs"])]
         if self.simulation.may_have(done):
-            last = self._seen(self.final_joint_pos, self.final_base_lin_vel_b)
-            final = torch.where(done.unsqueeze(-1), last, final)
-        for name in ("final_obs", "final_critic_obs"):
+            finals = [torch.where(done, *pair) for pair in zip(self._both("final_"), finals, strict=True)]
+        for name, final in zip(("final_obs", "final_critic_obs"), finals, strict=True):
             info[name] = torch.cat((info[name], final), dim=-1)
         return obs, rewards, terminated, truncated, info
 
     def observe(self) -> torch.Tensor:
-        seen = self._seen(self.joint_pos, self.base_lin_vel_b)
-        return torch.cat((self.env.observe(), seen), dim=-1)
+        obs = self.env.observe()
+        return torch.cat((obs, self._both()[0]), dim=-1)
 
 
 class HistoryObservation(ObservationWrapper):

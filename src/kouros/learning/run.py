@@ -155,15 +155,16 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
     saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
     begun = TrainConfig(
         task=saved["task"],
-        randomize=saved["randomize"],
+        randomize=saved.get("randomize", "none"),  # a run from before there was any
         seed=saved["seed"],
         env=from_plain(HumanoidEnvConfig, saved["env"]),
         ppo=from_plain(PPOConfig, saved["ppo"]),
     )
-    cpu, here = _flat(TrainConfig()), _flat(train_defaults(device, config.task, config.randomize))
-    here |= {name: cpu[name] for name in ("task", "randomize")}
+    # What this call did not say: the defaults, or those that the run's own task and preset set.
+    cpu, here = _flat(TrainConfig()), _flat(train_defaults(device, begun.task, begun.randomize))
+    flat = _flat(config)
     for name, theirs in _flat(begun).items():
-        given = _flat(config)[name]
+        given = flat[name]
         if given not in (cpu[name], here[name], theirs):
             raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
     changes = {name: getattr(begun, name) for name in ("task", "randomize", "seed", "env", "ppo")}
