@@ -23,7 +23,7 @@ from kouros.learning.run import from_plain
 from kouros.physics.rotations import rotate, yaw_of
 from kouros.physics.simulation import make_simulation
 from kouros.robots.robot import Robot
-from test_warp import NoHost
+from test_warp import NoHost, refuse_the_host
 
 SLOPE, RISER, HIGH, GAP = 0.35, 0.1, 0.2, 0.4
 RADIUS = 0.03
@@ -431,12 +431,7 @@ def test_the_step_never_asks_the_host(monkeypatch: pytest.MonkeyPatch, curriculu
     env = HumanoidBaseEnv(config)
     env.reset(seed=0)
     actions = torch.zeros(9, 29)
-    for name in ("numpy", "tolist", "cpu", "__bool__", "__float__", "__int__", "__index__"):
-
-        def refuse(*_: object, name: str = name) -> None:
-            raise AssertionError(f"Tensor.{name} in a step that must be recordable")
-
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    refuse_the_host(monkeypatch)
     with NoHost():
         for _ in range(3):
             env._step(actions)

@@ -217,6 +217,16 @@ class NoHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def refuse_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would wait for the device raises, by name: beside :class:`NoHost`, which sees operators only."""
+    for name in ("numpy", "tolist", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+
+        def refuse(*_: object, name: str = name) -> None:
+            raise AssertionError(f"Tensor.{name} in a step that must be recordable")
+
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+
+
 EVERYTHING: dict[str, Any] = {
     "num_envs": 4,
     "actuator": "explicit",
@@ -234,12 +244,7 @@ def test_the_step_never_asks_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     env = HumanoidBaseEnv(config(max_episode_length=2, resampling_interval=0.04, **EVERYTHING))
     env.reset(seed=0)
     actions = torch.zeros(4, 29)
-    for name in ("numpy", "tolist", "cpu", "__bool__", "__float__", "__int__", "__index__"):
-
-        def refuse(*_: object, name: str = name) -> None:
-            raise AssertionError(f"Tensor.{name} in a step that must be recordable")
-
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    refuse_the_host(monkeypatch)
     with NoHost():
         for _ in range(3):
             env._step(actions)

@@ -31,7 +31,7 @@ from kouros.learning.config import PPOConfig, TrainConfig
 from kouros.learning.ppo import PPOAgent
 from kouros.learning.run import load_policy, train
 from kouros.physics.kinematics import SitePositions, read_chains
-from test_warp import NoHost, Stand
+from test_warp import NoHost, Stand, refuse_the_host
 
 STACK = ("kinematic", "history:3", "normalize")
 SMALL = PPOConfig(horizon=8, minibatches=2, actor_hidden=(16,), critic_hidden=(16,))
@@ -418,12 +418,7 @@ class TestWarp:
         actions = torch.zeros(4, 29)
         base = env.unwrapped
         monkeypatch.setattr(base, "step", base._step)  # without the checks of the input
-        for name in ("numpy", "tolist", "cpu", "__bool__", "__float__", "__int__", "__index__"):
-
-            def refuse(*_: object, name: str = name) -> None:
-                raise AssertionError(f"Tensor.{name} in a step that must be recordable")
-
-            monkeypatch.setattr(torch.Tensor, name, refuse)
+        refuse_the_host(monkeypatch)
         with NoHost():
             for _ in range(3):
                 env.step(actions)

@@ -171,9 +171,9 @@ class HumanoidBaseEnv(VectorEnv):
         # The step waits for nothing and has fixed shapes: whoever has a graph may record it.
         self.graph_safe = config.graph and self.device.type == "cuda"
         self.generators = [self._generator]
-        self.single_observation_space = _box(np.inf, self._actor_dim)
-        self.critic_observation_space = _box(np.inf, sum(sizes))
-        self.single_action_space = _box(config.action_limit, robot.num_joints)
+        self.single_observation_space = make_box(np.inf, self._actor_dim)
+        self.critic_observation_space = make_box(np.inf, sum(sizes))
+        self.single_action_space = make_box(config.action_limit, robot.num_joints)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.reset()
@@ -658,7 +658,8 @@ _STATE = (
 )
 
 
-def _box(limit: float, size: int) -> gymnasium.spaces.Box:
+def make_box(limit: float, size: int) -> gymnasium.spaces.Box:
+    """Vectors of a length, float32, each component within +- ``limit``."""
     return gymnasium.spaces.Box(-limit, limit, (size,), np.float32)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import VectorWrapper
@@ -13,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 
 from kouros.checks import require_state
 from kouros.envs.config import HumanoidEnvConfig, parse_wrapper
-from kouros.envs.humanoid import HumanoidBaseEnv
+from kouros.envs.humanoid import HumanoidBaseEnv, make_box
 from kouros.normalizer import Normalizer
 from kouros.physics.kinematics import SitePositions, read_chains
 
@@ -59,7 +58,7 @@ class ObservationWrapper(VectorWrapper):
             raise ValueError(f"{type(self).__name__}: the stack {env.config.wrappers} has it already")
         self.config = copy.copy(env.config)
         self.config.wrappers = (*env.config.wrappers, entry)
-        self.single_observation_space = _box(size or before)
+        self.single_observation_space = make_box(np.inf, size or before)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
         if mirror or size in (None, before):
             self.mirror = {**env.mirror, "obs": mirror or env.mirror["obs"]} if env.mirror else {}
@@ -154,7 +153,7 @@ class KinematicObservation(ObservationWrapper):
         self._added = sum(len(sign) for _, sign in reflections)
         super().__init__(env, before + self._added, mirror.get("obs"))
         self.mirror |= mirror
-        self.critic_observation_space = _box(env.critic_observation_space.shape[0] + self._added)
+        self.critic_observation_space = make_box(np.inf, env.critic_observation_space.shape[0] + self._added)
         robot = env.robot
         #: Both hands' chains of joints, see :func:`kouros.physics.kinematics.read_chains`.
         self.chains = read_chains(env.simulation.model, robot.base_body, robot.hands)
@@ -414,10 +413,6 @@ def make_policy_env(config: HumanoidEnvConfig, statistics: dict[str, list[float]
 # Reflections of both hands' places, left then right, and of a vector.
 _HANDS = torch.tensor([3, 4, 5, 0, 1, 2]), torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
 _VECTOR = torch.tensor([0, 1, 2]), torch.tensor([1.0, -1.0, 1.0])
-
-
-def _box(size: int) -> gymnasium.spaces.Box:
-    return gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
 
 def _size(env: Env) -> int:
