@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# Of what a policy says of itself, in checkpoints and policy files; another one is refused.
+CONTRACT_VERSION = 2
+
 _HOME = {
     "HumanoidEnvConfig": "kouros.envs.config",
     "CurriculumConfig": "kouros.envs.config",

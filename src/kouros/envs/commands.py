@@ -1,4 +1,4 @@
-"""Velocity commands: what every world is asked to do, drawn anew from time to time."""
+"""Commands, velocities and poses: what every world is asked to do, drawn anew from time to time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.physics.rotations import yaw_of
+from kouros.robots import Robot
 
 
 class VelocityCommands:
@@ -94,3 +95,63 @@ class VelocityCommands:
     def _write(self, command: torch.Tensor) -> None:
         self.command.copy_(command)
         self.ordered.copy_(self._more_than_standing(self.command))
+
+
+class PoseCommands:
+    """Poses to hold of ``config.num_envs`` worlds, in tensors that stay where they are.
+
+    A draw is even within ``pose_range`` about the default pose; its knees are bent further by a draw from
+    ``crouch``, of which hips and ankles each take half, so that the soles stay flat. What is commanded goes
+    there at ``pose_speed``.
+
+    Attributes:
+      pose: ``(num_envs, num_joints)`` rad, what is commanded now.
+      goal: where it goes.
+
+    Args:
+      config: bounds and speed.
+      robot: whose joints they are.
+      generator: of the draws; every world draws, masked or not.
+    """
+
+    def __init__(self, config: HumanoidEnvConfig, robot: Robot, generator: torch.Generator) -> None:
+        self.config, self._generator = config, generator
+
+        def constant(values: object) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=torch.float32, device=generator.device)
+
+        self._default = constant(robot.default_joint_pos)
+        self._range = constant(by_part("pose_range", config.pose_range, robot.joint_names))
+        bends = {"hip_pitch": -0.5, "knee": 1.0, "ankle_pitch": -0.5} if config.crouch[1] else {}
+        self._bends = constant(by_part("crouch", bends, robot.joint_names))
+        self._low, self._high = constant(robot.joint_range).unbind(-1)
+        self.pose = self._default.repeat(config.num_envs, 1)
+        self.goal = self.pose.clone()
+
+    def resample(self, mask: torch.Tensor, at_once: bool = False) -> None:
+        """Draw the goals of the worlds in the mask; with ``at_once`` the pose is there already."""
+        rows, joints = self.goal.shape
+        draw = torch.rand(rows, joints + 1, generator=self._generator, device=mask.device)
+        low, high = self.config.crouch
+        bend = low + (high - low) * draw[:, -1:]
+        goal = self._default + self._range * (2.0 * draw[:, :-1] - 1.0) + self._bends * bend
+        goal = torch.clamp(goal, self._low, self._high)
+        for tensor in (self.goal, self.pose) if at_once else (self.goal,):
+            tensor.copy_(torch.where(mask.unsqueeze(-1), goal, tensor))
+
+    def advance(self) -> None:
+        """Bring the poses a control step nearer to their goals."""
+        most = self.config.pose_speed * self.config.control_dt
+        self.pose += (self.goal - self.pose).clamp(-most, most)
+
+
+def by_part(field: str, weights: dict[str, float], names: tuple[str, ...]) -> list[float]:
+    """The weight of each name: that of the first key that is part of it, else 0.
+
+    Raises:
+      ValueError: a key is part of no name.
+    """
+    for part in weights:
+        if not any(part in name for name in names):
+            raise ValueError(f"{field}: {part!r} matches no joint of {', '.join(names)}")
+    return [next((w for part, w in weights.items() if part in name), 0.0) for name in names]

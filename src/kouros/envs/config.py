@@ -405,6 +405,13 @@ class HumanoidEnvConfig:
     """Yaw rate for each radian that is left to turn to the heading, 1/s, within command_yaw."""
     resampling_interval: float = 5.0
     """Time between new commands, s."""
+    pose_range: dict[str, float] = dataclasses.field(default_factory=dict)
+    """How far each joint of the pose to hold may be from the default pose, rad, by part of the joint's name.
+    None: the pose is the default pose."""
+    crouch: tuple[float, float] = (0.0, 0.0)
+    """How far the knees of the pose to hold are bent beyond that, rad; hips and ankles make up for it."""
+    pose_speed: float = 1.0
+    """Speed of each joint of the pose to hold on its way to a new one, rad/s."""
 
     gait_period: float = 0.7
     """Duration of a full gait cycle (two steps), s."""
@@ -470,15 +477,16 @@ class HumanoidEnvConfig:
         positive = (
             "num_envs timestep frame_skip solver_iterations line_search_iterations action_scale "
             "action_limit max_episode_length resampling_interval gait_period tracking_sigma tracking_time "
-            "harness_fall_time heading_stiffness"
+            "harness_fall_time heading_stiffness pose_speed"
         )
         for name in positive.split():
             require(self, name, getattr(self, name) > 0, "must be greater than 0")
         not_negative = "num_threads standing_command swing_height fall_height target_height"
         for name in not_negative.split():
             require(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("command_vx", "command_vy", "command_yaw"):
+        for name in ("command_vx", "command_vy", "command_yaw", "crouch"):
             require_range(self, name)
+        require(self, "pose_range", all(r >= 0 for r in self.pose_range.values()), "must not be negative")
         require(self, "harness", 0 <= self.harness <= 1, "must lie in [0, 1]")
         for name in ("standing_fraction", "heading_fraction"):
             require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
@@ -530,4 +538,33 @@ def walk_rough() -> HumanoidEnvConfig:
     return config
 
 
-TASKS: dict[str, Callable[[], HumanoidEnvConfig]] = {"walk": HumanoidEnvConfig, "walk-rough": walk_rough}
+def stand() -> HumanoidEnvConfig:
+    """The task ``stand``: hold a commanded pose, arms and waist anywhere and knees bent, against pushes.
+
+    The action is about the commanded pose. Two feet on the ground are rewarded, not demanded: who is pushed
+    hard takes a step.
+    """
+    return HumanoidEnvConfig(
+        standing_fraction=1.0,
+        pose_range={"shoulder": 0.6, "elbow": 0.6, "wrist": 0.4, "waist_yaw": 0.4},
+        crouch=(0.0, 0.7),
+        randomization=RandomizationConfig(push_velocity=(0.0, 1.0), push_interval=(2.0, 5.0)),
+        actor_observations=(
+            "base_ang_vel",
+            "projected_gravity",
+            "pose_command",
+            "joint_pos",
+            "joint_vel",
+            "last_action",
+        ),
+        rewards={
+            name: weight for name, weight in WALK_REWARDS.items() if name not in ("base_height", "pose")
+        },
+    )
+
+
+TASKS: dict[str, Callable[[], HumanoidEnvConfig]] = {
+    "walk": HumanoidEnvConfig,
+    "walk-rough": walk_rough,
+    "stand": stand,
+}

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from kouros import CONTRACT_VERSION
 from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.wrappers import Env, make_policy_env
 
-CONTRACT_VERSION = 1
+# In these entries two contracts may differ: what was learnt, where and how.
+LEARNT = ("statistics", "environment", "training")
 
 
 def policy_contract(env: Env) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def policy_contract(env: Env) -> dict[str, Any]:
 
     Joint vectors are in ``joint_names`` order; SI units. What ``wrappers`` need to be computed elsewhere is
     beside them: ``kinematics``, both hands' chains (:func:`kouros.physics.kinematics.read_chains`), and
-    ``statistics``, the mean and variance that ``normalize`` goes by now.
+    ``statistics``, the mean and variance that ``normalize`` goes by now. ``environment`` is the configuration.
 
     Raises:
       TypeError: the environment, or a wrapper around it, is of another kind.
@@ -29,6 +31,7 @@ def policy_contract(env: Env) -> dict[str, Any]:
         raise TypeError(f"{type(env).__name__}: no HumanoidBaseEnv, bare or in ObservationWrappers")
     config, robot = env.config, env.robot
     base: Any = env.unwrapped
+    posed = env.action_offset is env.pose_command
     contract = {
         "contract_version": CONTRACT_VERSION,
         "robot": robot.name,
@@ -40,7 +43,11 @@ def policy_contract(env: Env) -> dict[str, Any]:
         "stiffness": robot.stiffness.tolist(),
         "damping": robot.damping.tolist(),
         "effort_limit": robot.effort_limit.tolist(),
-        "action_offset": env.action_offset.tolist(),
+        "velocity_limit": robot.no_load_speed.tolist(),
+        "fall_tilt": config.fall_tilt,
+        "command_range": [list(config.command_vx), list(config.command_vy), list(config.command_yaw)],
+        "action_about": "pose_command" if posed else "action_offset",
+        "action_offset": (env.default_joint_pos if posed else env.action_offset).tolist(),
         "action_scale": env.action_scale.tolist(),
         "action_limit": config.action_limit,
         "gait_period": config.gait_period,
@@ -50,16 +57,26 @@ def policy_contract(env: Env) -> dict[str, Any]:
             for name in config.actor_observations
         ],
         "wrappers": list(config.wrappers),
+        "environment": dataclasses.asdict(config),
     }
     figures = {"kinematics": getattr(env, "chains", None), "statistics": getattr(env, "statistics", None)}
     return contract | {name: value for name, value in figures.items() if value is not None}
 
 
 def check_contract(saved: object, env: Env, where: str) -> None:
-    """Raise ``ValueError``, naming the first difference, unless ``saved`` is the contract of ``env``.
+    """Raise ``ValueError``, naming the first difference, unless ``saved`` is the contract of ``env``,
+    :data:`LEARNT` left aside."""
+    saved = require_version(saved, where)
+    for name, ours in policy_contract(env).items():
+        if name not in LEARNT and saved.get(name) != ours:
+            raise ValueError(
+                f"{where}: of another contract: {name}={saved.get(name)!r} there, {ours!r} here; "
+                "install the version of Kouros that wrote it"
+            )
 
-    Statistics are learnt: they may differ.
-    """
+
+def require_version(saved: object, where: str) -> dict[str, Any]:
+    """A contract, if it is one of this version; else ``ValueError``."""
     if not isinstance(saved, dict) or "contract_version" not in saved:
         raise ValueError(f"{where}: has no contract; it was not written by kouros train")
     if saved["contract_version"] != CONTRACT_VERSION:
@@ -67,13 +84,7 @@ def check_contract(saved: object, env: Env, where: str) -> None:
             f"{where}: contract version {saved['contract_version']}, this version reads {CONTRACT_VERSION}; "
             "install the version of Kouros that wrote it"
         )
-    saved = {"wrappers": [], **saved}  # a contract from before there were any
-    for name, ours in policy_contract(env).items():
-        if name != "statistics" and saved.get(name) != ours:
-            raise ValueError(
-                f"{where}: of another contract: {name}={saved.get(name)!r} there, {ours!r} here; "
-                "install the version of Kouros that wrote it"
-            )
+    return saved
 
 
 def policy_state(env: Env) -> torch.Tensor:
@@ -91,6 +102,7 @@ def policy_sensors(env: Env) -> dict[str, torch.Tensor]:
         "command": env.command,
         "joint_pos": env.joint_pos,
         "joint_vel": env.joint_vel,
+        "pose_command": env.pose_command.expand_as(env.joint_pos),
     }
 
 
@@ -110,8 +122,8 @@ def record_policy(
       statistics: ``contract["statistics"]`` of a policy that sees normalized observations.
 
     Returns:
-      The sensors and ``state`` before each step, ``joint_targets`` and ``next_state`` that came of
-      it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the next.
+      The sensors, ``state`` and ``observation`` before each step, ``joint_targets`` and ``next_state`` that
+      came of it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the next.
 
     Raises:
       RuntimeError: nearly every step ends an episode.
@@ -124,9 +136,10 @@ def record_policy(
         if len(rows) > steps:
             raise RuntimeError("the robot falls in nearly every step: look at fall_height and fall_tilt")
         row = {name: value.clone() for name, value in policy_sensors(env).items()}
-        row["state"] = policy_state(env)
+        row |= {"state": policy_state(env), "observation": obs}
+        about = env.action_offset.clone()
         obs, _, terminated, truncated, _ = env.step(policy(obs))
-        row["joint_targets"] = env.action_offset + env.action_scale * env.action
+        row["joint_targets"] = about + env.action_scale * env.action
         row["next_state"] = policy_state(env)
         going_on = ~(terminated | truncated)
         rows.append({name: value[going_on] for name, value in row.items()})

@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 
 from kouros.checks import check_choice, require, require_state
 from kouros.envs.actuators import Actuators
-from kouros.envs.commands import VelocityCommands
+from kouros.envs.commands import PoseCommands, VelocityCommands, by_part
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.envs.curriculum import RunningCurriculum
 from kouros.envs.observations import OBSERVATIONS, SCAN_X, SCAN_Y, reflection
@@ -75,6 +75,9 @@ class HumanoidBaseEnv(VectorEnv):
       config, robot, simulation, articulation: what the environment is made of.
       command, ordered, heading, turning, command_speed: what is asked of the worlds, see
         :class:`kouros.envs.commands.VelocityCommands`.
+      poses, pose_command: the pose to hold, rad, ``(num_envs, num_joints)``, see
+        :class:`kouros.envs.commands.PoseCommands`; the default pose, ``(num_joints,)``, where none is drawn.
+      action_offset: what actions are about: the pose to hold, of position control.
       velocity, mean_velocity: ``(num_envs, 3)``, what follows the command: vx, vy and yaw rate, now and
         averaged over ``tracking_time``.
       coast: ``(num_envs,)`` in [0, 1], from 1 down to 0 in the gait cycle after a reset or the last
@@ -124,7 +127,7 @@ class HumanoidBaseEnv(VectorEnv):
                 check_choice(field, name, REWARDS if field == "rewards" else OBSERVATIONS)
         too_high = f"must be below the {robot.base_height:g} m that {robot.name} starts at"
         require(config, "fall_height", config.fall_height < robot.base_height, too_high)
-        pose_weights = _by_part("pose_weights", config.pose_weights, robot.joint_names)
+        pose_weights = by_part("pose_weights", config.pose_weights, robot.joint_names)
         self.simulation = make_simulation(
             make_model(robot, config),
             config.num_envs,
@@ -219,6 +222,11 @@ class HumanoidBaseEnv(VectorEnv):
         self.command, self.ordered = self.commands.command, self.commands.ordered
         self.heading, self.turning = self.commands.heading, self.commands.turning
         self.command_speed = self.commands.speed
+        self.poses: PoseCommands | None = None
+        self.pose_command = self.default_joint_pos
+        if config.pose_range or config.crouch[1]:
+            self.poses = PoseCommands(config, robot, self._generator)
+            self.pose_command = self.poses.pose
         self.velocity, self.mean_velocity = zeros(3), zeros(3)
         self.phase, self.coast = zeros(), zeros()
         self.action, self.previous_action, self.action_before = (zeros(robot.num_joints) for _ in range(3))
@@ -245,7 +253,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.max_terrain_level, self.spawn_xy = self.levels.highest, self.levels.spawn_xy
         self.scan_points = constant(np.stack(np.meshgrid(SCAN_X, SCAN_Y, indexing="ij"))).flatten(1)
         offset, scale = {
-            "position": (robot.default_joint_pos, robot.action_scale),
+            "position": (robot.default_joint_pos, robot.action_scale),  # about the pose to hold, see below
             "velocity": (np.zeros(robot.num_joints), np.ones(robot.num_joints)),
             "effort": (np.zeros(robot.num_joints), 0.25 * robot.effort_limit),
         }[config.control_mode]
@@ -253,6 +261,8 @@ class HumanoidBaseEnv(VectorEnv):
             constant(offset),
             constant(scale * config.action_scale),
         )
+        if self.poses and config.control_mode == "position":
+            self.action_offset = self.pose_command
         if not all(isinstance(i, slice) for i in (view.joint_qpos, view.joint_qvel, view.joint_ctrl)):
             raise ValueError(f"robot={robot.name!r}: joint_names must be in the order of the model's joints")
 
@@ -384,6 +394,8 @@ class HumanoidBaseEnv(VectorEnv):
             good = truncations & (self.harness == 0.0)
             self.curriculum.count(self.velocity, self.command, self.episode_length, done, good)
         self.commands.follow_heading(self.base_quat_w)
+        if self.poses:
+            self.poses.advance()
         length = self.episode_length * done
         final_obs, final_critic_obs = obs, critic_obs = self._observations()
         self.final_joint_pos, self.final_base_lin_vel_b = self.joint_pos.clone(), self.base_lin_vel_b
@@ -416,6 +428,8 @@ class HumanoidBaseEnv(VectorEnv):
         if sim.may_have(changed):
             self._refresh()
             self.commands.resample(new_command, self.base_quat_w)
+            if self.poses:
+                self.poses.resample(new_command & ~done)
             obs, critic_obs = self._observations(done)
             final_obs = torch.where(done.unsqueeze(-1), final_obs, obs)
             final_critic_obs = torch.where(done.unsqueeze(-1), final_critic_obs, critic_obs)
@@ -544,6 +558,8 @@ class HumanoidBaseEnv(VectorEnv):
             state[:, :3] += self.levels.begin(mask, self.ground)
         qpos, qvel = state.to(sim.dtype).split([sim.model.nq, sim.model.nv], dim=1)
         sim.reset(mask)
+        if self.poses:
+            self.poses.resample(mask, at_once=True)
         self._randomize(mask)
         sim.qpos.copy_(torch.where(rows, qpos, sim.qpos))
         sim.qvel.copy_(torch.where(rows, qvel, sim.qvel))
@@ -612,6 +628,7 @@ class HumanoidBaseEnv(VectorEnv):
             "actuators": self.actuators.state_dict(),
             **{name: getattr(self, name).clone() for name in _STATE},
             "levels": {name: tensor.clone() for name, tensor in self.levels.tensors().items()},
+            **({"poses": (self.poses.pose.clone(), self.poses.goal.clone())} if self.poses else {}),
             **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
@@ -636,6 +653,9 @@ class HumanoidBaseEnv(VectorEnv):
             tensor.copy_(state["levels"][name])
         if self.curriculum:
             self.curriculum.load_state_dict(state["curriculum"])
+        if self.poses:
+            for tensor, saved in zip((self.poses.pose, self.poses.goal), state["poses"], strict=True):
+                tensor.copy_(saved)
         self._refresh()
 
 
@@ -661,11 +681,3 @@ _STATE = (
 def make_box(limit: float, size: int) -> gymnasium.spaces.Box:
     """Vectors of a length, float32, each component within +- ``limit``."""
     return gymnasium.spaces.Box(-limit, limit, (size,), np.float32)
-
-
-def _by_part(field: str, weights: dict[str, float], names: tuple[str, ...]) -> list[float]:
-    """The weight of each name: that of the first key that is part of it, else 0."""
-    for part in weights:
-        if not any(part in name for name in names):
-            raise ValueError(f"{field}: {part!r} matches no joint of {', '.join(names)}")
-    return [next((w for part, w in weights.items() if part in name), 0.0) for name in names]

@@ -84,6 +84,12 @@ def command(env: HumanoidBaseEnv) -> torch.Tensor:
     return env.command
 
 
+@observation(mirror="joints")
+def pose_command(env: HumanoidBaseEnv) -> torch.Tensor:
+    """The pose to hold, about the default pose, rad."""
+    return (env.pose_command - env.default_joint_pos).expand_as(env.joint_pos)
+
+
 @observation(mirror="negate")
 def gait_phase(env: HumanoidBaseEnv) -> torch.Tensor:
     """(sin, cos) of the left foot's place in the gait cycle; (0, 0) when told to stand."""

@@ -96,14 +96,14 @@ def action_acceleration(env: HumanoidBaseEnv) -> torch.Tensor:
 
 @reward
 def pose(env: HumanoidBaseEnv) -> torch.Tensor:
-    """Weighted squared deviation from the default pose, rad^2."""
-    return (env.joint_pos - env.default_joint_pos).square() @ env.pose_weights
+    """Weighted squared deviation from the pose to hold, the default pose unless there is another, rad^2."""
+    return (env.joint_pos - env.pose_command).square() @ env.pose_weights
 
 
 @reward
 def standing_pose(env: HumanoidBaseEnv) -> torch.Tensor:
-    """Squared deviation of all joints from the default pose while told to stand, rad^2."""
-    return (env.joint_pos - env.default_joint_pos).square().sum(-1) * ~env.moving
+    """Squared deviation of all joints from the pose to hold while told to stand, rad^2."""
+    return (env.joint_pos - env.pose_command).square().sum(-1) * ~env.moving
 
 
 @reward

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,14 +20,15 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kouros import __version__
 from kouros.devices import has_gpu, pick_device
 from kouros.envs.config import CALM, HumanoidEnvConfig
-from kouros.envs.contract import check_contract, policy_contract
+from kouros.envs.contract import check_contract, policy_contract, require_version
 from kouros.envs.wrappers import make_env, make_policy_env
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
-from kouros.learning.networks import ActorNetwork
+from kouros.learning.networks import ActorNetwork, CriticNetwork
 from kouros.learning.ppo import PPOAgent
 
 # What the display shows: (title, key in the log, format).
@@ -83,13 +85,15 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     write_json(folder / "config.json", {**dataclasses.asdict(config), "run": folder, "steps": steps})
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
+    origin = {"run": str(folder), "kouros": __version__, "revision": _revision()}
     saved, overflown = -1, 0.0
     told = len(env.curriculum.manager.history) if env.curriculum else 0
 
     def save() -> None:
         nonlocal saved
         saved = agent.iteration
-        extra = {"env": dataclasses.asdict(config.env), "contract": policy_contract(env)}
+        training = {**origin, "task": config.task, "seed": config.seed, "steps": agent.total_steps}
+        extra = {"contract": {**policy_contract(env), "training": training}}
         agent.save_checkpoint(path, **extra)
         policy = {**extra, **agent.policy_state()}
         checkpoint.save(folder / "policy.pt", policy)
@@ -138,6 +142,14 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if interrupted():
         console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
     return folder
+
+
+def _revision() -> str:
+    """The Git revision of this source, "-dirty" behind it where it was changed; empty for an installed copy."""
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def resumed(config: TrainConfig, device: str) -> TrainConfig:
@@ -401,10 +413,10 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
       ValueError: damaged, or of another version, robot or contract.
     """
     content = checkpoint.load(find_policy(path))
-    env_config = from_plain(HumanoidEnvConfig, {**content.get("env", {}), "engine": "auto"})
-    contract = content.get("contract")
-    statistics = contract.get("statistics") if isinstance(contract, dict) else None
-    env = make_policy_env(dataclasses.replace(env_config, num_envs=1, **CALM), statistics)
+    contract = require_version(content.get("contract"), f"policy {path}")
+    env_config = from_plain(HumanoidEnvConfig, {**contract["environment"], "engine": "auto"})
+    single = dataclasses.replace(env_config, num_envs=1, **CALM)
+    env = make_policy_env(single, contract.get("statistics"))
     check_contract(contract, env, f"policy {path}")
     ppo = from_plain(PPOConfig, content["ppo"])
     weights = content["actor"]
@@ -418,6 +430,23 @@ def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict
     )
     actor.load_state_dict(weights)
     return actor.eval(), env_config, content["contract"]
+
+
+def load_critic(path: str | Path) -> CriticNetwork:
+    """The critic of a run, from its folder or its ``checkpoint.pt``.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing of that name; a policy alone.
+    """
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else find_policy(path)
+    content = checkpoint.load(path)
+    if "resume" not in content:
+        raise ValueError(f"policy {path}: holds no critic; name the folder of a run, or its checkpoint.pt")
+    ppo, weights = from_plain(PPOConfig, content["ppo"]), content["resume"]["critic"]
+    critic = CriticNetwork(len(weights["normalizer.mean"]), ppo.critic_hidden, ppo.activation, ppo.layer_norm)
+    critic.load_state_dict(weights)
+    return critic.eval()
 
 
 SHIPPED = Path(__file__).parent.parent / "policies"

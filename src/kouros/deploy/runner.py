@@ -1,0 +1,412 @@
+"""Runs a policy: named sensors in, named joint targets out. A policy file needs NumPy and onnxruntime alone."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kouros.deploy.policy_file import read_policy_file, unpack
+
+if TYPE_CHECKING:
+    import torch
+
+# What a backend may differ from the steps recorded at the export: of targets in rad, of states in their units.
+PARITY = 1e-4
+
+# Beyond this (SI units) a number is no measurement, and its square no float32.
+LARGEST = 1e18
+
+Sensors = Mapping[str, Any]
+Targets = dict[str, float]
+
+
+class SensorError(ValueError):
+    """A sensor is missing, unknown, of another shape, not finite, or of the past."""
+
+
+class PolicyRunner:
+    """A policy that can be run, from a policy file or a checkpoint.
+
+    The plain form of a policy file (``policy.plain.onnx``) is a network: :meth:`step`. The policy file itself
+    is a controller: :meth:`act`. A checkpoint is both. The backend is onnxruntime on the CPU unless another
+    is asked for, and there is no fallback: one that is missing or does not repeat the steps that were recorded
+    at the export is an error that says what to do.
+
+    Args:
+      policy: ``policy.onnx`` or its plain form; or, with torch and MuJoCo installed, a run folder, a ``.pt``
+        file or the name of a shipped policy.
+      device: ``cpu`` or ``cuda``: onnxruntime's, or torch's for a checkpoint.
+      use_tensorrt: build a TensorRT engine from the file, or take the one beside it.
+      robot: name of the robot that it is to move, if that is to be checked.
+
+    Attributes:
+      contract: what the policy says of itself: robot, joints, gains, limits, clocks, see docs/policy-file.md.
+      joint_names: the joints that it moves.
+      sensors: names of what :meth:`act` takes besides ``time``.
+      control_dt: time between two calls of :meth:`act`, s.
+      backend: what runs it, in words.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: damaged, foreign, of another version or robot.
+      ImportError, RuntimeError: the backend is not installed, does not work here, or differs.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path,
+        device: str = "cpu",
+        use_tensorrt: bool = False,
+        robot: str | None = None,
+    ) -> None:
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device={device!r}: choose from cpu, cuda")
+        self._path, self._torch = Path(policy), None
+        if self._path.suffix == ".onnx":
+            data, self.contract = read_policy_file(self._path)
+            if use_tensorrt:
+                from kouros.deploy.tensorrt import Engine
+
+                self._backend: Any = Engine(self._path, data, self.contract)
+            else:
+                self._backend = _Onnx(data, device)
+        elif use_tensorrt:
+            raise ValueError(f"policy {policy}: TensorRT builds from a policy file: kouros export {policy}")
+        else:
+            self._torch = _Checkpoint(self._path, device)
+            self._backend, self.contract = self._torch, self._torch.contract
+        if robot not in (None, self.contract["robot"]):
+            raise ValueError(f"robot={robot!r}: {policy} was trained on {self.contract['robot']!r}")
+        self.backend: str = self._backend.name
+        self.joint_names: tuple[str, ...] = tuple(self.contract["joint_names"])
+        self.control_dt: float = self.contract["control_dt"]
+        inputs, outputs = self._backend.inputs, self._backend.outputs
+        self.sensors: tuple[str, ...] = tuple(name for name in inputs if name not in ("observation", "state"))
+        self._expected = {"time", *self.sensors}
+        self._sizes = {name: inputs[name].shape[1] for name in self.sensors}
+        self._vectors = tuple(name for name in self.sensors if name not in JOINT_SENSORS)
+        self._joints = tuple(name for name in self.sensors if name in JOINT_SENSORS)
+        self._in_order = joints_getter(self.joint_names)
+        if self.sensors:
+            # The sensors are the first part of one array: all are written at once, and checked at once.
+            self._flat = inputs[self.sensors[0]].base[: sum(self._sizes.values())]
+            self._write = struct.Struct(f"{len(self._flat)}f").pack_into
+            self._state, self._next_state = inputs["state"], outputs["next_state"]
+            self._targets = outputs["joint_targets"]
+        self._verify()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: no last action, no history, the gait clock at zero."""
+        self._time = -math.inf
+        if self.sensors:
+            self._state[:] = 0.0
+
+    def act(self, sensors: Sensors) -> Targets:
+        """One control step.
+
+        Args:
+          sensors: by name, in any order: ``time``, when they were read on the robot's own clock, s, and all of
+            :attr:`sensors`: of three numbers, or of a number for each joint by its name. For frames and units
+            see docs/policy-file.md.
+
+        Returns:
+          A position target for each joint by its name, rad.
+
+        Raises:
+          SensorError: a sensor is missing, unknown, mis-shaped, not finite, or not newer than the last; the
+            policy has not moved on.
+          RuntimeError: the policy gave a target that is not finite.
+        """
+        self.read(sensors)
+        self._backend()
+        targets = self._targets[0]
+        if not isfinite(targets.dot(targets)):
+            raise RuntimeError(f"{self._path}: gave a joint target that is not finite")
+        self._state[:] = self._next_state
+        return dict(zip(self.joint_names, targets.tolist(), strict=True))
+
+    def peek(self, sensors: Sensors) -> Targets:
+        """What :meth:`act` would return, without moving on."""
+        time, state = self._time, self._state.copy()
+        try:
+            return self.act(sensors)
+        finally:
+            self._time = time
+            self._state[:] = state
+
+    def warm(self) -> None:
+        """Run the policy once for nothing, so that its next step finds it in the processor's caches."""
+        self._backend()
+
+    def read(self, sensors: Sensors) -> None:
+        """Take in sensors, or raise :class:`SensorError`."""
+        if not self.sensors:
+            raise ValueError(
+                f"{self._path}: a plain network from observations to actions: use step(), or act() of the "
+                "policy file beside it"
+            )
+        if sensors.keys() != self._expected:
+            raise SensorError(_names("sensors", sensors, self._expected))
+        time, number = sensors["time"], len(self.joint_names)
+        if not time > self._time:
+            raise SensorError(f"time={time!r}: stale, the last sensors were of {self._time!r}")
+        values: list[float] = []
+        try:
+            for name in self._vectors:
+                value = sensors[name]
+                if len(value) != 3:
+                    raise SensorError(self._wrong(name, value))
+                values += value
+            for name in self._joints:
+                value = sensors[name]
+                values += self._in_order(value)
+                if len(value) != number:
+                    raise SensorError(self._wrong(name, value))
+            self._write(self._flat, 0, *values)
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+            raise (
+                error if isinstance(error, SensorError) else SensorError(self._first_wrong(sensors))
+            ) from error
+        if not isfinite(self._flat.dot(self._flat)):
+            raise SensorError(self._first_wrong(sensors))
+        self._time = time
+
+    def step(self, obs: ArrayLike) -> np.ndarray:
+        """The action for an observation, as the environment takes it, of the plain form or a checkpoint.
+
+        Args:
+          obs: ``(obs_dim,)`` or ``(n, obs_dim)``, after all wrappers.
+
+        Returns:
+          ``(num_joints,)`` or ``(n, num_joints)`` float32: multiply by ``contract["action_scale"]`` and add
+          ``contract["action_offset"]`` for targets.
+
+        Raises:
+          ValueError: of another shape, or not finite; or this is a policy file, which takes named sensors.
+        """
+        inputs = self._backend.inputs
+        if "observation" not in inputs:
+            raise ValueError(
+                f"{self._path}: takes named sensors: use act(), or step() of the plain form beside it"
+            )
+        buffer = inputs["observation"][0]
+        obs = np.asarray(obs, np.float32)
+        if obs.shape[-1:] != buffer.shape or obs.ndim not in (1, 2):
+            raise ValueError(f"obs of shape {obs.shape}: expected ({len(buffer)},) or (n, {len(buffer)})")
+        if obs.ndim == 2:
+            if not np.isfinite(obs).all():
+                raise ValueError("obs: not finite")
+            return self._backend.many({"observation": obs})["action_mean"]
+        buffer[:] = obs
+        if not isfinite(buffer.dot(buffer)):
+            raise ValueError("obs: not finite")
+        self._backend()
+        return self._backend.outputs["action_mean"][0].copy()
+
+    def get_action_and_value(
+        self, obs: torch.Tensor, critic_obs: torch.Tensor | None = None, action: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw from the policy, or judge an action, as in training; of a run's checkpoint only.
+
+        Args:
+          obs: ``(n, obs_dim)``.
+          critic_obs: ``(n, critic_dim)``; ``obs`` if None.
+          action: ``(n, num_joints)`` to be judged; drawn if None.
+
+        Returns:
+          The action before it is bounded, its log-probability ``(n,)``, the entropy ``()`` and the value
+          ``(n,)``.
+
+        Raises:
+          ValueError: this is no checkpoint, or one without a critic.
+        """
+        if self._torch is None:
+            raise ValueError(f"{self._path}: a value needs a checkpoint: PolicyRunner of the run's folder")
+        return self._torch.get_action_and_value(obs, critic_obs, action)
+
+    def _first_wrong(self, sensors: Sensors) -> str:
+        """What is wrong with sensors that are all there."""
+        return next(filter(None, (self._wrong(name, sensors[name]) for name in self.sensors)))
+
+    def _wrong(self, name: str, value: Any) -> str:
+        """What is wrong with the value of a sensor; empty if nothing is."""
+        places: Iterable[Any] = range(3)
+        if name in JOINT_SENSORS:
+            places = self.joint_names
+            if not isinstance(value, Mapping):
+                return f"{name}: {type(value).__name__} has no joint names; expected {{joint: number}}"
+            if set(value) != set(places):
+                return _names(name, value, places)
+        elif np.shape(value) != (3,):
+            return f"{name} of shape {np.shape(value)}: expected 3 numbers"
+        for place in places:
+            number = value[place]
+            if np.ndim(number) or not isinstance(number, int | float | np.number):
+                return f"{name}[{place}]={number!r}: not a number"
+            if not abs(number) < LARGEST:
+                return f"{name}[{place}]={number!r}: not finite"
+        return ""
+
+    def _verify(self) -> None:
+        """Repeat the steps that were recorded at the export."""
+        if "proof" not in self.contract:
+            return  # a checkpoint: torch itself
+        proof = {name: unpack(packed) for name, packed in self.contract["proof"].items()}
+        joints = len(self.joint_names)
+        proof["action_mean"] = proof["next_state"][:, :joints]
+        difference = 0.0
+        names = [name for name in self._backend.outputs if name in proof]
+        for row in range(len(proof["state"])):
+            for name, buffer in self._backend.inputs.items():
+                buffer[0] = proof[name][row]
+            self._backend()
+            for name in names:
+                gap = np.abs(self._backend.outputs[name][0] - proof[name][row]).max()
+                difference = max(difference, float(gap) if isfinite(gap) else math.inf)
+        tolerance = getattr(self._backend, "parity", PARITY)
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"{self._path}: {self.backend} differs by {difference:.2g} from the steps that were recorded at "
+                f"the export (at most {tolerance:g} is allowed): use another backend, or export again"
+            )
+
+
+JOINT_SENSORS = ("pose_command", "joint_pos", "joint_vel")
+
+
+def make_buffers(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """``(1, size)`` float32 for each name, one after the other in one array."""
+    flat, buffers, start = np.zeros(sum(sizes.values()), np.float32), {}, 0
+    for name, size in sizes.items():
+        buffers[name] = flat[start : start + size].reshape(1, size)
+        start += size
+    return buffers
+
+
+def joints_getter(names: tuple[str, ...]) -> Callable[[Mapping[str, float]], tuple[float, ...]]:
+    """From a number for each joint by name to the numbers in the order of ``names``."""
+    getter = operator.itemgetter(*names)
+    return getter if len(names) > 1 else lambda values: (getter(values),)
+
+
+def _names(what: str, given: Iterable[str], expected: Iterable[str]) -> str:
+    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    parts = [f"{name!r} is missing" for name in missing[:3]]
+    for name in unknown[:3]:
+        close = difflib.get_close_matches(name, missing, 1)
+        parts.append(f"{name!r} is unknown" + (f", did you mean {close[0]!r}?" if close else ""))
+    return f"{what}: {'; '.join(parts)}; expected {', '.join(sorted(expected))}"
+
+
+class _Onnx:
+    """onnxruntime. A backend reads ``inputs``, ``(1, size)`` float32 by name, and writes ``outputs``."""
+
+    def __init__(self, data: bytes, device: str) -> None:
+        import onnxruntime
+
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+        if provider not in onnxruntime.get_available_providers():
+            raise RuntimeError(
+                f"device={device!r}: onnxruntime {onnxruntime.__version__} here is built without CUDA; "
+                "pip uninstall onnxruntime; pip install onnxruntime-gpu"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(data, options, [provider])
+        if self._session.get_providers()[0] != provider:
+            raise RuntimeError(
+                f"device={device!r}: onnxruntime cannot use CUDA here and would go on with the CPU; update the "
+                "driver and CUDA's libraries, or use device='cpu'"
+            )
+        self.name = f"onnxruntime {onnxruntime.__version__}, {provider.removesuffix('ExecutionProvider')}"
+        self.inputs = make_buffers({i.name: i.shape[1] for i in self._session.get_inputs()})
+        self.outputs = make_buffers({o.name: o.shape[1] for o in self._session.get_outputs()})
+        self._binding = self._session.io_binding()
+        value = onnxruntime.OrtValue.ortvalue_from_numpy  # of the same memory
+        self._values = {name: value(array) for name, array in {**self.inputs, **self.outputs}.items()}
+        for name in self.inputs:
+            self._binding.bind_ortvalue_input(name, self._values[name])
+        for name in self.outputs:
+            self._binding.bind_ortvalue_output(name, self._values[name])
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def many(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs for inputs of any number of rows."""
+        return dict(zip(self.outputs, self._session.run(list(self.outputs), inputs), strict=True))
+
+
+class _Checkpoint:
+    """torch, from a checkpoint: both forms of the policy, and its critic."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        try:
+            import torch
+
+            from kouros.deploy.export import PolicyGraph
+            from kouros.learning.run import load_policy
+        except ImportError as error:
+            raise ImportError(
+                f"policy {path}: a checkpoint needs torch and MuJoCo: pip install kouros with all that it "
+                "depends on, or run the policy file that kouros export writes"
+            ) from error
+        if device == "cuda":
+            from kouros.devices import require_cuda
+
+            require_cuda(device)
+        actor, _, self.contract = load_policy(path)
+        self._path, self._device, self._graph = path, device, PolicyGraph(actor, self.contract).eval()
+        self._graph.to(device)
+        self.name = f"torch {torch.__version__}, {device}"
+        obs_dim, joints = len(actor.normalizer.mean), len(self.contract["joint_names"])
+        sizes = {**self._graph.sizes, "observation": obs_dim}
+        self.inputs = make_buffers(sizes)
+        sizes = {"joint_targets": joints, "next_state": sizes["state"], "action_mean": joints}
+        self.outputs = make_buffers(sizes)
+        self._tensors = {name: torch.from_numpy(array) for name, array in self.inputs.items()}
+        self._critic: Any = None
+
+    def __call__(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            given = {name: tensor.to(self._device) for name, tensor in self._tensors.items()}
+            observation = given.pop("observation")
+            results = self._graph(given) | {"action_mean": self._graph.actor.act(observation)}
+            for name, array in self.outputs.items():
+                array[:] = results[name].cpu().numpy()
+
+    def many(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        with torch.no_grad():
+            obs = torch.from_numpy(inputs["observation"]).to(self._device)
+            return {"action_mean": self._graph.actor.act(obs).cpu().numpy()}
+
+    def get_action_and_value(self, obs: Any, critic_obs: Any, action: Any) -> tuple[Any, Any, Any, Any]:
+        import torch
+
+        from kouros.learning.networks import entropy, log_prob
+        from kouros.learning.run import load_critic
+
+        if self._critic is None:
+            self._critic = load_critic(self._path).to(self._device)
+        actor = self._graph.actor
+        with torch.no_grad():
+            mean = actor(obs.to(self._device))
+            if action is None:
+                action = mean + actor.log_std.exp() * torch.randn_like(mean)
+            value = self._critic((obs if critic_obs is None else critic_obs).to(self._device))
+            return action, log_prob(action, mean, actor.log_std), entropy(actor.log_std), value
