@@ -178,7 +178,7 @@ def _walk_table(result: WalkResult, config: Eval) -> Table:
     from rich.table import Table
 
     table = Table("figure", "measured", "walking means", "", title=str(config.policy))
-    for name, (what, unit, low, high) in result.BAR.items():
+    for name, (what, unit, low, high) in result.bar.items():
         value = getattr(result, name)
         bar = "" if math.isinf(high) and low == 0 else f"{low:g} to {high:g}"
         if math.isinf(high) and low:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kouros.checks import check_choice
-from kouros.deploy.policy_file import NO_DIGEST, PRODUCER, pack, signed
+from kouros.deploy.policy_file import NO_DIGEST, PRODUCER, pack, plain_path, signed
 from kouros.files import replacing
 from kouros.normalizer import Normalizer
 from kouros.physics.kinematics import SitePositions
@@ -264,11 +264,6 @@ class OnnxExporter:
             with replacing(file) as temporary:
                 temporary.write_bytes(data)
         return difference
-
-
-def plain_path(path: str | Path) -> Path:
-    """Where the plain form of a policy file lies: ``policy.plain.onnx`` beside ``policy.onnx``."""
-    return Path(path).with_suffix(".plain.onnx")
 
 
 def plain_form(model: Any, obs_dim: int, std: list[float]) -> Any:

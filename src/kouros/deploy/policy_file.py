@@ -61,6 +61,11 @@ def read_policy_file(path: str | Path) -> tuple[bytes, dict[str, Any]]:
     return data, contract
 
 
+def plain_path(path: str | Path) -> Path:
+    """Where the plain form of a policy file lies: ``policy.plain.onnx`` beside ``policy.onnx``."""
+    return Path(path).with_suffix(".plain.onnx")
+
+
 def pack(array: np.ndarray) -> dict[str, Any]:
     """An array as plain data, float32."""
     data = np.ascontiguousarray(array, np.float32)
