@@ -27,6 +27,7 @@ LARGEST = 1e18
 
 Sensors = Mapping[str, Any]
 Targets = dict[str, float]
+Gains = tuple[dict[str, float], dict[str, float]]
 
 
 class SensorError(ValueError):
@@ -53,6 +54,7 @@ class PolicyRunner:
       joint_names: the joints that it moves.
       sensors: names of what :meth:`act` takes besides ``time``.
       control_dt: time between two calls of :meth:`act`, s.
+      gains: stiffness and damping of the servos, N m/rad and N m s/rad, by joint name.
       backend: what runs it, in words.
 
     Raises:
@@ -89,6 +91,11 @@ class PolicyRunner:
         self.backend: str = self._backend.name
         self.joint_names: tuple[str, ...] = tuple(self.contract["joint_names"])
         self.control_dt: float = self.contract["control_dt"]
+        stiffness, damping = (
+            dict(zip(self.joint_names, self.contract[figure], strict=True))
+            for figure in ("stiffness", "damping")
+        )
+        self.gains: Gains = (stiffness, damping)
         inputs, outputs = self._backend.inputs, self._backend.outputs
         self.sensors: tuple[str, ...] = tuple(name for name in inputs if name not in ("observation", "state"))
         self._expected = {"time", *self.sensors}
