@@ -53,7 +53,7 @@ def read_policy_file(path: str | Path) -> tuple[bytes, dict[str, Any]]:
             f"{path}: not written by kouros export: it says nothing of joints, gains and sensors"
         )
     if not (version and _DIGEST.search(data)):
-        raise ValueError(f"{path}: cut short; {AGAIN}")
+        raise ValueError(f"{path}: cut short or damaged; {AGAIN}")
     if signed(data) != data:
         raise ValueError(f"{path}: damaged, its digest is another; {AGAIN}")
     start = data.rindex(b"{", 0, version.start())
