@@ -224,7 +224,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.command_speed = self.commands.speed
         self.poses: PoseCommands | None = None
         self.pose_command = self.default_joint_pos
-        if config.pose_range or config.crouch[1]:
+        if config.pose_range or any(config.crouch):
             self.poses = PoseCommands(config, robot, self._generator)
             self.pose_command = self.poses.pose
         self.velocity, self.mean_velocity = zeros(3), zeros(3)
@@ -637,10 +637,12 @@ class HumanoidBaseEnv(VectorEnv):
 
         Raises:
           ValueError: the state is of another number of worlds, another model, other randomization or
-            actuators, or one of both has no curriculum.
+            actuators, or one of both has no curriculum, or no poses.
         """
         if ("curriculum" in state) != (self.curriculum is not None):
             raise ValueError("curriculum: switched on in the state or in this environment, not in both")
+        if ("poses" in state) != (self.poses is not None):
+            raise ValueError("pose_range: poses are drawn in the state or in this environment, not in both")
         require_state("randomization", state["randomization"], self.randomization.tensors())
         require_state("actuators", state["actuators"], self.actuators.tensors())
         self.simulation.load_state_dict(state["simulation"])
