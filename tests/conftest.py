@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "")
 
@@ -19,6 +20,19 @@ from kouros.robots.robot import Robot
 @pytest.fixture(scope="session")
 def robot() -> Robot:
     return get_robot("g1")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The policy file of the shipped ``walk``, with its plain form beside it. Not to be changed."""
+    from kouros.deploy.export import OnnxExporter
+    from kouros.envs.contract import record_policy
+    from kouros.learning.run import load_policy
+
+    actor, config, contract = load_policy("walk")
+    path = tmp_path_factory.mktemp("exported") / "policy.onnx"
+    OnnxExporter(actor, contract).export(path, record_policy(actor.act, config, steps=200))
+    return path
 
 
 def make_env(num_envs: int = 8, seed: int = 0, **config: object) -> HumanoidBaseEnv:

@@ -504,6 +504,9 @@ OTHER = {
     "heading_fraction": 0.0,
     "heading_stiffness": 0.1,
     "resampling_interval": 0.3,
+    "pose_range": {"waist": 0.3},
+    "crouch": (0.1, 0.2),
+    "pose_speed": 0.1,
     "gait_period": 0.5,
     "swing_fraction": 0.3,
     "swing_height": 0.02,
@@ -558,7 +561,7 @@ WITHOUT_EFFECT = {"robot", "torque_speed", "num_threads", "engine", "graph", "li
 def trace(**changes: object) -> list[torch.Tensor]:
     """What an environment returns in 60 steps of random actions, episodes ending both ways."""
     base: dict[str, Any] = {"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2}
-    base["heading_fraction"] = 0.5
+    base |= {"heading_fraction": 0.5, "pose_range": {"elbow": 0.3}}
     env = make_env(**{**base, **changes})
     generator = torch.Generator().manual_seed(0)
     steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(60)]
