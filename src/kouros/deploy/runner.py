@@ -175,7 +175,7 @@ class PolicyRunner:
             if not math.hypot(*values) < LARGEST:
                 raise ValueError
             self._write(self._flat, 0, *values)
-        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, struct.error) as error:
             raise SensorError(self._first_wrong(sensors)) from error
         self._time = time
 
