@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +26,8 @@ from kouros.deploy.export import plain_path
 from kouros.deploy.policy_file import pack, read_policy_file, signed, unpack
 from kouros.deploy.runner import PolicyRunner
 from kouros.learning.run import load_policy
+
+ROOT = Path(__file__).parent.parent
 
 # A folder of its own is enough for all examples: each writes its file anew.
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,7 +130,10 @@ def test_arrays_come_back_bit_for_bit(array: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda _: tiny_model("pytorch").SerializeToString(), "not written by kouros export.*joints, gains"),
+        (
+            lambda _: tiny_model("pytorch").SerializeToString(),
+            "not written by kouros export.*which sensors, joints",
+        ),
         (lambda _: b"", "not written by kouros export"),
         (lambda _: os.urandom(1000), "not written by kouros export"),
         (lambda _: tiny_model("kouros").SerializeToString(), "cut short or damaged; export the policy again"),
@@ -243,6 +250,27 @@ def without(refused: tuple[str, ...], code: str) -> subprocess.CompletedProcess[
     )
 
 
+# What a robot's computer does with a policy file.
+ROBOT = """
+from kouros.deploy.runner import PolicyRunner
+runner = PolicyRunner({path!r}, robot="g1")
+joints = dict(zip(runner.joint_names, runner.contract["default_joint_pos"]))
+still = dict.fromkeys(joints, 0.0)
+sensors = dict(time=0.0, base_ang_vel=[0, 0, 0], projected_gravity=[0, 0, -1], command=[0, 0, 0])
+targets = runner.act(dict(sensors, joint_pos=joints, joint_vel=still))
+assert list(targets) == list(joints)
+assert PolicyRunner({plain!r}).step([0.0] * 98).shape == (29,)
+try:
+    PolicyRunner("walk")
+except ImportError as error:
+    print(error)
+"""
+
+
+def on_a_robot(path: Path) -> str:
+    return ROBOT.format(path=str(path), plain=str(plain_path(path)))
+
+
 def test_running_a_policy_needs_numpy_and_onnxruntime_alone(exported: Path) -> None:
     """Every module of ``kouros.deploy`` but the exporter, which needs what is exported."""
     import kouros.deploy
@@ -254,32 +282,47 @@ def test_running_a_policy_needs_numpy_and_onnxruntime_alone(exported: Path) -> N
 import importlib
 for name in {modules}:
     importlib.import_module("kouros.deploy." + name)
-from kouros.deploy.runner import PolicyRunner
-runner = PolicyRunner({str(exported)!r}, robot="g1")
-joints = dict(zip(runner.joint_names, runner.contract["default_joint_pos"]))
-still = dict.fromkeys(joints, 0.0)
-sensors = dict(time=0.0, base_ang_vel=[0, 0, 0], projected_gravity=[0, 0, -1], command=[0, 0, 0])
-targets = runner.act(dict(sensors, joint_pos=joints, joint_vel=still))
-assert list(targets) == list(joints)
-assert PolicyRunner({str(plain_path(exported))!r}).step([0.0] * 98).shape == (29,)
-try:
-    PolicyRunner("walk")
-except ImportError as error:
-    print(error)
 """
-    done = without((*HEAVY, "tyro"), code)
+    done = without((*HEAVY, "tyro"), code + on_a_robot(exported))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("policy walk: a checkpoint needs torch and MuJoCo: pip install")
 
 
-def test_the_command_line_needs_tyro_alone(exported: Path) -> None:
-    code = """
-import kouros.cli
-try:
-    kouros.cli.main(["--help"])
-finally:
-    assert "numpy" not in sys.modules
-"""
-    done = without((*HEAVY, "onnxruntime"), code)
+def test_the_command_line_needs_tyro_alone() -> None:
+    """What a command needs beyond that it says, and how to get it."""
+    refused = (*HEAVY, "numpy", "onnxruntime")
+    done = without(refused, "import kouros.cli; kouros.cli.main(['--help'])")
     assert done.returncode == 0, done.stderr
     assert "export" in done.stdout
+    done = without(refused, "import kouros.cli; sys.exit(kouros.cli.main(['export']))")
+    assert done.returncode == 1
+    assert re.fullmatch("kouros: No module named .*needs all that kouros depends on: pip.*\n", done.stderr)
+
+
+def test_a_bare_environment_runs_a_policy(exported: Path, tmp_path: Path) -> None:
+    """A new one, with what is on the package index, as docs/policy-file.md has it."""
+    shutil.copytree(ROOT / "src", tmp_path / "kouros" / "src")  # a build writes into its source
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "kouros")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / "bin"
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [str(arg) for arg in args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    def install(*args: object) -> None:
+        pip = (sys.executable, "-m", "pip", "--python", binaries / "python")
+        done = run(*pip, "install", "--quiet", "--no-compile", "--retries=1", "--timeout=30", *args)
+        if done.returncode and "Retrying" in done.stderr:
+            pytest.skip("no package index can be reached from here")
+        assert done.returncode == 0, done.stderr
+
+    install("-c", ROOT / "constraints.txt", "onnxruntime", "tyro")
+    install("--no-deps", tmp_path / "kouros")
+    done = run(binaries / "python", "-c", on_a_robot(exported))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("policy walk: a checkpoint needs torch and MuJoCo")
+    shown = run(binaries / "kouros", "--help")
+    assert shown.returncode == 0 and "export" in shown.stdout, shown.stderr
