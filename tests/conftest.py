@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from kouros.envs import wrappers
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import TASKS
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.robots import get_robot
 from kouros.robots.robot import Robot
@@ -35,8 +36,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_env(num_envs: int = 8, seed: int = 0, **config: object) -> HumanoidBaseEnv:
-    env = wrappers.make_env(HumanoidEnvConfig(num_envs=num_envs, **config))  # type: ignore[arg-type]
+def make_env(num_envs: int = 8, seed: int = 0, task: str = "walk", **config: object) -> HumanoidBaseEnv:
+    env = wrappers.make_env(dataclasses.replace(TASKS[task](), num_envs=num_envs, **config))  # type: ignore[arg-type]
     env.reset(seed=seed)
     return env
 

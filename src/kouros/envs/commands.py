@@ -144,6 +144,10 @@ class PoseCommands:
         most = self.config.pose_speed * self.config.control_dt
         self.pose += (self.goal - self.pose).clamp(-most, most)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What one step leaves for the next."""
+        return {"pose": self.pose, "goal": self.goal}
+
 
 def by_part(field: str, weights: dict[str, float], names: tuple[str, ...]) -> list[float]:
     """The weight of each name: that of the first key that is part of it, else 0.
