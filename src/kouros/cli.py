@@ -325,7 +325,9 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("KOUROS_TRACEBACK"):
             raise
-        print(f"kouros: {error}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        fix = "; this command needs all that kouros depends on: pip install kouros" if missing else ""
+        print(f"kouros: {error}{fix}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -205,7 +205,6 @@ class OnnxExporter:
           RuntimeError: the difference exceeds 1e-5: nothing is written.
           OSError: the file cannot be written.
         """
-        import onnx
         import onnxruntime
 
         sizes, path = self.graph.sizes, Path(path)
@@ -225,9 +224,7 @@ class OnnxExporter:
                 verbose=False,
             )
         assert program is not None
-        with replacing(path) as temporary:
-            program.save(temporary, external_data=False)
-            model = onnx.load(temporary)
+        model = program.model_proto
         # Inner values by name, of which plain_form() makes a model of its own.
         del model.graph.output[2:]
         std = self.graph.actor.log_std.detach().exp().tolist()

@@ -1,4 +1,4 @@
-"""Runs a policy: named sensors in, named joint targets out. A policy file needs NumPy and onnxruntime alone."""
+"""Runs a policy: named sensors in, named joint targets out. A policy file needs NumPy and onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kouros.deploy.policy_file import read_policy_file, unpack
 if TYPE_CHECKING:
     import torch
 
-# What a backend may differ from the steps recorded at the export: of targets in rad, of states in their units.
+# What a backend may differ from the steps recorded at the export: targets in rad, states in their units.
 PARITY = 1e-4
 
 # Beyond this (SI units) a number is no measurement, and its square no float32.
@@ -39,8 +39,8 @@ class PolicyRunner:
 
     The plain form of a policy file (``policy.plain.onnx``) is a network: :meth:`step`. The policy file itself
     is a controller: :meth:`act`. A checkpoint is both. The backend is onnxruntime on the CPU unless another
-    is asked for, and there is no fallback: one that is missing or does not repeat the steps that were recorded
-    at the export is an error that says what to do.
+    is asked for, and there is no fallback: one that is missing, or does not repeat the steps that were
+    recorded at the export, is an error that says what to do.
 
     Args:
       policy: ``policy.onnx`` or its plain form; or, with torch and MuJoCo installed, a run folder, a ``.pt``
@@ -122,9 +122,9 @@ class PolicyRunner:
         """One control step.
 
         Args:
-          sensors: by name, in any order: ``time``, when they were read on the robot's own clock, s, and all of
-            :attr:`sensors`: of three numbers, or of a number for each joint by its name. For frames and units
-            see docs/policy-file.md.
+          sensors: by name, in any order: ``time``, when they were read on the robot's own clock, s, and all
+            of :attr:`sensors`: of three numbers, or of a number for each joint by its name. For frames and
+            units see docs/policy-file.md.
 
         Returns:
           A position target for each joint by its name, rad.
@@ -136,11 +136,11 @@ class PolicyRunner:
         """
         self.read(sensors)
         self._backend()
-        targets = self._targets[0]
-        if not isfinite(targets.dot(targets)):
+        targets = self._targets[0].tolist()
+        if not math.hypot(*targets) < LARGEST:
             raise RuntimeError(f"{self._path}: gave a joint target that is not finite")
         self._state[:] = self._next_state
-        return dict(zip(self.joint_names, targets.tolist(), strict=True))
+        return dict(zip(self.joint_names, targets, strict=True))
 
     def peek(self, sensors: Sensors) -> Targets:
         """What :meth:`act` would return, without moving on."""
@@ -165,27 +165,25 @@ class PolicyRunner:
         if sensors.keys() != self._expected:
             raise SensorError(_names("sensors", sensors, self._expected))
         time, number = sensors["time"], len(self.joint_names)
-        if not time > self._time:
-            raise SensorError(f"time={time!r}: stale, the last sensors were of {self._time!r}")
         values: list[float] = []
         try:
+            if not self._time < time < math.inf:
+                raise ValueError
             for name in self._vectors:
                 value = sensors[name]
                 if len(value) != 3:
-                    raise SensorError(self._wrong(name, value))
-                values += value
+                    raise ValueError
+                values.extend(value)
             for name in self._joints:
                 value = sensors[name]
                 values += self._in_order(value)
                 if len(value) != number:
-                    raise SensorError(self._wrong(name, value))
+                    raise ValueError
+            if not math.hypot(*values) < LARGEST:
+                raise ValueError
             self._write(self._flat, 0, *values)
-        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
-            raise (
-                error if isinstance(error, SensorError) else SensorError(self._first_wrong(sensors))
-            ) from error
-        if not isfinite(self._flat.dot(self._flat)):
-            raise SensorError(self._first_wrong(sensors))
+        except (LookupError, TypeError, ValueError, OverflowError, struct.error) as error:
+            raise SensorError(self._first_wrong(sensors)) from error
         self._time = time
 
     def step(self, obs: ArrayLike) -> np.ndarray:
@@ -195,8 +193,9 @@ class PolicyRunner:
           obs: ``(obs_dim,)`` or ``(n, obs_dim)``, after all wrappers.
 
         Returns:
-          ``(num_joints,)`` or ``(n, num_joints)`` float32: multiply by ``contract["action_scale"]`` and add
-          ``contract["action_offset"]`` for targets.
+          ``(num_joints,)`` or ``(n, num_joints)`` float32: for targets multiply by
+          ``contract["action_scale"]`` and add ``contract["action_offset"]``, or the commanded pose where
+          ``contract["action_about"]`` says so.
 
         Raises:
           ValueError: of another shape, or not finite; or this is a policy file, which takes named sensors.
@@ -207,16 +206,15 @@ class PolicyRunner:
                 f"{self._path}: takes named sensors: use act(), or step() of the plain form beside it"
             )
         buffer = inputs["observation"][0]
-        obs = np.asarray(obs, np.float32)
+        with np.errstate(over="ignore"):  # what float32 has no room for is not finite
+            obs = np.asarray(obs, np.float32)
         if obs.shape[-1:] != buffer.shape or obs.ndim not in (1, 2):
             raise ValueError(f"obs of shape {obs.shape}: expected ({len(buffer)},) or (n, {len(buffer)})")
+        if not np.isfinite(obs).all():
+            raise ValueError("obs: not finite")
         if obs.ndim == 2:
-            if not np.isfinite(obs).all():
-                raise ValueError("obs: not finite")
             return self._backend.many({"observation": obs})["action_mean"]
         buffer[:] = obs
-        if not isfinite(buffer.dot(buffer)):
-            raise ValueError("obs: not finite")
         self._backend()
         return self._backend.outputs["action_mean"][0].copy()
 
@@ -243,10 +241,16 @@ class PolicyRunner:
 
     def _first_wrong(self, sensors: Sensors) -> str:
         """What is wrong with sensors that are all there."""
-        return next(filter(None, (self._wrong(name, sensors[name]) for name in self.sensors)))
+        found = (self._wrong(name, sensors[name]) for name in ("time", *self.sensors))
+        return next(filter(None, found), "sensors: not to be read as numbers")
 
     def _wrong(self, name: str, value: Any) -> str:
         """What is wrong with the value of a sensor; empty if nothing is."""
+        if name == "time":
+            if not _size(value) < math.inf:
+                return f"time={value!r}: not a finite number of seconds"
+            stale = not value > self._time
+            return f"time={value!r}: stale, the last sensors were of {self._time!r}" if stale else ""
         places: Iterable[Any] = range(3)
         if name in JOINT_SENSORS:
             places = self.joint_names
@@ -254,14 +258,14 @@ class PolicyRunner:
                 return f"{name}: {type(value).__name__} has no joint names; expected {{joint: number}}"
             if set(value) != set(places):
                 return _names(name, value, places)
-        elif np.shape(value) != (3,):
-            return f"{name} of shape {np.shape(value)}: expected 3 numbers"
+        elif (shape := _shape(value)) != (3,):
+            return f"{name} of shape {shape}: expected 3 numbers"
         for place in places:
-            number = value[place]
-            if np.ndim(number) or not isinstance(number, int | float | np.number):
-                return f"{name}[{place}]={number!r}: not a number"
-            if not abs(number) < LARGEST:
-                return f"{name}[{place}]={number!r}: not finite"
+            size = _size(value[place])
+            if math.isnan(size):
+                return f"{name}[{place}]={value[place]!r}: not a number"
+            if not size < LARGEST:
+                return f"{name}[{place}]={value[place]!r}: not finite, or beyond {LARGEST:g}"
         return ""
 
     def _verify(self) -> None:
@@ -283,8 +287,8 @@ class PolicyRunner:
         tolerance = getattr(self._backend, "parity", PARITY)
         if not difference <= tolerance:
             raise RuntimeError(
-                f"{self._path}: {self.backend} differs by {difference:.2g} from the steps that were recorded at "
-                f"the export (at most {tolerance:g} is allowed): use another backend, or export again"
+                f"{self._path}: {self.backend} differs by {difference:.2g} from the steps that were recorded "
+                f"at the export (at most {tolerance:g} is allowed): use another backend, or export again"
             )
 
 
@@ -304,6 +308,23 @@ def joints_getter(names: tuple[str, ...]) -> Callable[[Mapping[str, float]], tup
     """From a number for each joint by name to the numbers in the order of ``names``."""
     getter = operator.itemgetter(*names)
     return getter if len(names) > 1 else lambda values: (getter(values),)
+
+
+def _size(value: Any) -> float:
+    """The absolute value, NaN for what is no number."""
+    try:
+        return math.hypot(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    try:
+        return np.shape(value)
+    except ValueError:
+        return "ragged"
 
 
 def _names(what: str, given: Iterable[str], expected: Iterable[str]) -> str:
@@ -333,8 +354,8 @@ class _Onnx:
         self._session = onnxruntime.InferenceSession(data, options, [provider])
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(
-                f"device={device!r}: onnxruntime cannot use CUDA here and would go on with the CPU; update the "
-                "driver and CUDA's libraries, or use device='cpu'"
+                f"device={device!r}: onnxruntime cannot use CUDA here and would go on with the CPU; update "
+                "the driver and CUDA's libraries, or use device='cpu'"
             )
         self.name = f"onnxruntime {onnxruntime.__version__}, {provider.removesuffix('ExecutionProvider')}"
         self.inputs = make_buffers({i.name: i.shape[1] for i in self._session.get_inputs()})
@@ -415,5 +436,14 @@ class _Checkpoint:
             mean = actor(obs.to(self._device))
             if action is None:
                 action = mean + actor.log_std.exp() * torch.randn_like(mean)
-            value = self._critic((obs if critic_obs is None else critic_obs).to(self._device))
+            action = action.to(self._device)
+            if critic_obs is None:
+                critic_obs = obs
+            size = len(self._critic.normalizer.mean)
+            if critic_obs.shape[-1] != size:
+                raise ValueError(
+                    f"critic_obs of shape {tuple(critic_obs.shape)}: the critic sees {size} numbers, "
+                    "info['critic_obs'] of the environment"
+                )
+            value = self._critic(critic_obs.to(self._device))
             return action, log_prob(action, mean, actor.log_std), entropy(actor.log_std), value

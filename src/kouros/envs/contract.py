@@ -22,7 +22,8 @@ def policy_contract(env: Env) -> dict[str, Any]:
 
     Joint vectors are in ``joint_names`` order; SI units. What ``wrappers`` need to be computed elsewhere is
     beside them: ``kinematics``, both hands' chains (:func:`kouros.physics.kinematics.read_chains`), and
-    ``statistics``, the mean and variance that ``normalize`` goes by now. ``environment`` is the configuration.
+    ``statistics``, the mean and variance that ``normalize`` goes by now. ``environment`` is the
+    configuration.
 
     Raises:
       TypeError: the environment, or a wrapper around it, is of another kind.
@@ -123,7 +124,8 @@ def record_policy(
 
     Returns:
       The sensors, ``state`` and ``observation`` before each step, ``joint_targets`` and ``next_state`` that
-      came of it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the next.
+      came of it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the
+      next.
 
     Raises:
       RuntimeError: nearly every step ends an episode.
