@@ -1,4 +1,4 @@
-"""Runs a policy: named sensors in, named joint targets out. A policy file needs NumPy and onnxruntime alone."""
+"""Runs a policy: named sensors in, joint targets out. A policy file needs NumPy and onnxruntime alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kouros.deploy.policy_file import read_policy_file, unpack
 if TYPE_CHECKING:
     import torch
 
-# What a backend may differ from the steps recorded at the export: of targets in rad, of states in their units.
+# What a backend may differ from the steps recorded at the export: targets in rad, states in their units.
 PARITY = 1e-4
 
 # Beyond this (SI units) a number is no measurement, and its square no float32.
@@ -38,8 +38,8 @@ class PolicyRunner:
 
     The plain form of a policy file (``policy.plain.onnx``) is a network: :meth:`step`. The policy file itself
     is a controller: :meth:`act`. A checkpoint is both. The backend is onnxruntime on the CPU unless another
-    is asked for, and there is no fallback: one that is missing or does not repeat the steps that were recorded
-    at the export is an error that says what to do.
+    is asked for, and there is no fallback: one that is missing or does not repeat the steps that were
+    recorded at the export is an error that says what to do.
 
     Args:
       policy: ``policy.onnx`` or its plain form; or, with torch and MuJoCo installed, a run folder, a ``.pt``
@@ -115,9 +115,9 @@ class PolicyRunner:
         """One control step.
 
         Args:
-          sensors: by name, in any order: ``time``, when they were read on the robot's own clock, s, and all of
-            :attr:`sensors`: of three numbers, or of a number for each joint by its name. For frames and units
-            see docs/policy-file.md.
+          sensors: by name, in any order: ``time``, when they were read on the robot's own clock, s, and all
+            of :attr:`sensors`: of three numbers, or of a number for each joint by its name. For frames and
+            units see docs/policy-file.md.
 
         Returns:
           A position target for each joint by its name, rad.
@@ -253,7 +253,7 @@ class PolicyRunner:
             number = value[place]
             if np.ndim(number) or not isinstance(number, int | float | np.number):
                 return f"{name}[{place}]={number!r}: not a number"
-            if not abs(number) < LARGEST:
+            if not np.abs(number) < LARGEST:
                 return f"{name}[{place}]={number!r}: not finite"
         return ""
 
@@ -261,27 +261,31 @@ class PolicyRunner:
         """Repeat the steps that were recorded at the export."""
         if "proof" not in self.contract:
             return  # a checkpoint: torch itself
-        proof = {name: unpack(packed) for name, packed in self.contract["proof"].items()}
-        joints = len(self.joint_names)
-        proof["action_mean"] = proof["next_state"][:, :joints]
-        difference = 0.0
-        names = [name for name in self._backend.outputs if name in proof]
-        for row in range(len(proof["state"])):
-            for name, buffer in self._backend.inputs.items():
-                buffer[0] = proof[name][row]
-            self._backend()
-            for name in names:
-                gap = np.abs(self._backend.outputs[name][0] - proof[name][row]).max()
-                difference = max(difference, float(gap) if isfinite(gap) else math.inf)
+        difference = differs(self._backend, self.contract)
         tolerance = getattr(self._backend, "parity", PARITY)
         if not difference <= tolerance:
             raise RuntimeError(
-                f"{self._path}: {self.backend} differs by {difference:.2g} from the steps that were recorded at "
-                f"the export (at most {tolerance:g} is allowed): use another backend, or export again"
+                f"{self._path}: {self.backend} differs by {difference:.2g} from the steps that were recorded "
+                f"at the export (at most {tolerance:g} is allowed): use another backend, or export again"
             )
 
 
 JOINT_SENSORS = ("pose_command", "joint_pos", "joint_vel")
+
+
+def differs(backend: Any, contract: Mapping[str, Any]) -> float:
+    """By how much a backend differs from the steps that were recorded at the export, at most."""
+    proof = {name: unpack(packed) for name, packed in contract["proof"].items()}
+    proof["action_mean"] = proof["next_state"][:, : len(contract["joint_names"])]
+    difference = 0.0
+    for row in range(len(proof["state"])):
+        for name, buffer in backend.inputs.items():
+            buffer[0] = proof[name][row]
+        backend()
+        for name in proof.keys() & backend.outputs.keys():
+            gap = float(np.abs(backend.outputs[name][0] - proof[name][row]).max())
+            difference = max(difference, gap if isfinite(gap) else math.inf)
+    return difference
 
 
 def make_buffers(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -326,8 +330,8 @@ class _Onnx:
         self._session = onnxruntime.InferenceSession(data, options, [provider])
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(
-                f"device={device!r}: onnxruntime cannot use CUDA here and would go on with the CPU; update the "
-                "driver and CUDA's libraries, or use device='cpu'"
+                f"device={device!r}: onnxruntime cannot use CUDA here and would go on with the CPU; update "
+                "the driver and CUDA's libraries, or use device='cpu'"
             )
         self.name = f"onnxruntime {onnxruntime.__version__}, {provider.removesuffix('ExecutionProvider')}"
         self.inputs = make_buffers({i.name: i.shape[1] for i in self._session.get_inputs()})
