@@ -272,18 +272,7 @@ class PolicyRunner:
         """Repeat the steps that were recorded at the export."""
         if "proof" not in self.contract:
             return  # a checkpoint: torch itself
-        proof = {name: unpack(packed) for name, packed in self.contract["proof"].items()}
-        joints = len(self.joint_names)
-        proof["action_mean"] = proof["next_state"][:, :joints]
-        difference = 0.0
-        names = [name for name in self._backend.outputs if name in proof]
-        for row in range(len(proof["state"])):
-            for name, buffer in self._backend.inputs.items():
-                buffer[0] = proof[name][row]
-            self._backend()
-            for name in names:
-                gap = np.abs(self._backend.outputs[name][0] - proof[name][row]).max()
-                difference = max(difference, float(gap) if isfinite(gap) else math.inf)
+        difference = differs(self._backend, self.contract)
         tolerance = getattr(self._backend, "parity", PARITY)
         if not difference <= tolerance:
             raise RuntimeError(
@@ -293,6 +282,21 @@ class PolicyRunner:
 
 
 JOINT_SENSORS = ("pose_command", "joint_pos", "joint_vel")
+
+
+def differs(backend: Any, contract: Mapping[str, Any]) -> float:
+    """By how much a backend differs from the steps that were recorded at the export, at most."""
+    proof = {name: unpack(packed) for name, packed in contract["proof"].items()}
+    proof["action_mean"] = proof["next_state"][:, : len(contract["joint_names"])]
+    difference = 0.0
+    for row in range(len(proof["state"])):
+        for name, buffer in backend.inputs.items():
+            buffer[0] = proof[name][row]
+        backend()
+        for name in proof.keys() & backend.outputs.keys():
+            gap = float(np.abs(backend.outputs[name][0] - proof[name][row]).max())
+            difference = max(difference, gap if isfinite(gap) else math.inf)
+    return difference
 
 
 def make_buffers(sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
