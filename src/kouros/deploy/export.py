@@ -53,9 +53,9 @@ class PolicyGraph(nn.Module):
     """The control law as one function: ``(sensors..., state) -> (joint_targets, next_state, ...)``.
 
     Everything between the sensors and the servos is inside: default pose, gait clock, last action,
-    wrappers, normalizer, network, scaling and clipping. ``state`` is ``(n, state_size)``: last action, gait
-    phase in [0, 1), how much of a cycle the gait goes on after a command to stand, and with a history all its
-    observations but the newest and a 1 that says that they are there; zeros to begin with.
+    wrappers, normalizer, network, scaling and clipping. ``state`` is ``(n, state_size)``: last action; where
+    the gait is observed its phase in [0, 1) and how much of a cycle it goes on after a command to stand; with
+    a history all its observations but the newest and a 1 that says that they are there; zeros to begin with.
 
     Args:
       actor: its ``act`` is the policy: observations to actions.
@@ -100,7 +100,8 @@ class PolicyGraph(nn.Module):
         self.action_offset = nn.Buffer(torch.tensor(contract["action_offset"]))
         self.action_scale = nn.Buffer(torch.tensor(contract["action_scale"]))
         size = sum(term["size"] for term in contract["observations"])
-        state_size = joints + 2
+        self.gait = "gait_phase" in terms
+        state_size = joints + 2 * self.gait
         for entry in self.wrappers:
             name, _, argument = entry.partition(":")
             if name == "kinematic":
@@ -142,22 +143,25 @@ class PolicyGraph(nn.Module):
         # Of two ways to say it, the one with fewer nodes: each costs a robot's computer a microsecond.
         contract, given = self.contract, inputs
         joints = len(contract["joint_names"])
-        rest = self.sizes["state"] - joints - 2
-        last_action, clock, *memory = given["state"].split([joints, 2, *[rest] * (rest > 0)], dim=-1)
-        if "command" in given:  # (phase, coast): the phase is never ordered
-            clock = torch.where(given["command"].norm(dim=-1, keepdim=True) > self.ordered, 1.0, clock)
-        gait = torch.sin(torch.addmm(self.quarter, clock, self.turn)) * torch.ceil(clock[:, 1:])
-        terms = {**given, "gait_phase": gait, "last_action": last_action}
+        rest = self.sizes["state"] - joints - 2 * self.gait
+        last_action, *carried = given["state"].split([joints, *[2] * self.gait, *[rest] * (rest > 0)], dim=-1)
+        clock, memory = carried[: self.gait], carried[self.gait :]
+        terms = {**given, "last_action": last_action}
+        if self.gait:  # (phase, coast): the phase is never ordered
+            ordered = given["command"].norm(dim=-1, keepdim=True) > self.ordered
+            now = torch.where(ordered, 1.0, clock[0])
+            wave = torch.sin(torch.addmm(self.quarter, now, self.turn))
+            terms["gait_phase"] = wave * torch.ceil(now[:, 1:])
+            # One cycle is one turn of the phase, and all of the coast.
+            clock = [torch.relu(torch.fmod(now + self.advance, 1.0))]
         obs = torch.cat([terms[term["name"]] for term in contract["observations"]], dim=-1) - self.nominal
         obs, memory = self._wrapped(obs, given.get("joint_pos", obs), memory)
         limit = contract["action_limit"]
         action = self.actor(obs).clamp(-limit, limit) if self.clipped else self.actor.act(obs)
-        # One cycle is one turn of the phase, and all of the coast.
-        clock = torch.relu(torch.fmod(clock + self.advance, 1.0))
         about = given["pose_command"] if contract["action_about"] == "pose_command" else self.action_offset
         return {
             "joint_targets": about + self.action_scale * action,
-            "next_state": torch.cat((action, clock, *memory), dim=-1),
+            "next_state": torch.cat((action, *clock, *memory), dim=-1),
             "observation": obs,
             "action_mean": action,
         }
@@ -235,7 +239,7 @@ class OnnxExporter:
             "sensors": {name: {"size": sizes[name], "unit": SENSORS[name]} for name in self.graph.sensors},
             "state": {
                 "size": sizes["state"],
-                "unit": "last action, gait phase in [0, 1), coast in [0, 1], history; zeros at first",
+                "unit": "last action; phase and coast of the gait, in [0, 1]; history: zeros at first",
             },
             "proof": {name: pack(values[rows].numpy()) for name, values in recording.items()},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -55,8 +56,8 @@ class MultiPolicyManager:
     """Policies of one robot by name, of which one is active; runs like a :class:`PolicyRunner`.
 
     The policies may differ in sensors, histories, gains and rates. Each acts at its own rate from when it
-    was switched in, and its targets are held in between; a switch blends targets and gains linearly from
-    what was last sent. Time is counted in calls of :meth:`step`: a loop that stalls makes no target jump.
+    was switched in, and its targets are held in between; while a switch blends from one to the other, both
+    act. Time is counted in calls of :meth:`step`: a loop that stalls makes no target jump.
 
     Args:
       control_dt: time between two calls of :meth:`step`, s; that of the fastest policy if None.
@@ -171,10 +172,11 @@ class MultiPolicyManager:
     def switch_policy(self, name: str, blend_time: float | None = None) -> bool:
         """Make another policy the active one, from its beginning, from the next step on.
 
-        Targets and gains of the k-th step from now are ``(1 - w) last + w new`` with ``w = k control_dt /
-        blend_time``, where ``last`` is what was last sent, in the middle of another blend too. A robot at a
-        fast walk has no time for old targets: keep it short there, or halt first. Before the first step there
-        is nothing to blend from: the policy is the one to begin with.
+        Targets and gains of the k-th step from now are ``(1 - w) old + w new`` with ``w = k control_dt /
+        blend_time``. The old policy acts on until the blend is over: targets that stand still for 0.3 s make a
+        robot at a fast walk fall. In the middle of another blend, ``old`` is the policy that was coming, plus
+        the constant by which what was last sent differed from it: targets never jump. Before the first step
+        there is nothing to blend from: the policy is the one to begin with.
 
         Args:
           name: of the policy.
@@ -191,7 +193,8 @@ class MultiPolicyManager:
         if name == self.active:
             return False
         if self._sent:
-            self._switch(name, blend_time, "asked")
+            self.policies[name].reset()  # it may just have left
+            self._switch(name, blend_time, "asked", self._held)
         else:
             self._first = name
             self.reset()
@@ -208,7 +211,10 @@ class MultiPolicyManager:
         self._since: dict[int, float] = {}
         self._held: Targets = {}
         self._sent: Targets = {}
-        self._start = (self._sent, *self.gains)
+        self._from = self.gains
+        self._leaving, self._leaving_ticks = "", 0
+        self._old: Targets = {}
+        self._owed: Targets = {}
 
     def step(self, sensors: Sensors) -> Targets:
         """One control step: transitions, then the active policy, then the blend.
@@ -229,20 +235,27 @@ class MultiPolicyManager:
         self._check(sensors)
         since, due = self._judge(sensors)
         name, ticks = (due[0], 0) if due else (self.active, self._ticks)
-        policy, own = self.policies[name], self._those_of(name, sensors)
+        policy, own, before = self.policies[name], self._those_of(name, sensors), self._held
+        if due:
+            policy.reset()  # it may just have left
         if ticks % self._every[name]:
             policy.read(own)
         else:
             self._held = policy.act(own)
         self._time, self._since = sensors["time"], since
         if due:
-            self._switch(name, self.blend_time, due[1])
+            self._switch(name, self.blend_time, due[1], before)
         self._ticks += 1
-        sent, stiffness, damping = self._held, *policy.gains
+        self._sent, self.gains = self._held, policy.gains
         if self._ticks < self._blend:
-            sent, stiffness, damping = map(self._mixed, self._start, (sent, stiffness, damping))
-        self._sent, self.gains = sent, (stiffness, damping)
-        return dict(sent)
+            self._advance_leaving(sensors)
+            old = {joint: self._old[joint] + self._owed[joint] for joint in self.joint_names}
+            self._sent = self._mixed(old, self._held)
+            self.gains = (
+                self._mixed(self._from[0], policy.gains[0]),
+                self._mixed(self._from[1], policy.gains[1]),
+            )
+        return dict(self._sent)
 
     act = step
 
@@ -297,12 +310,21 @@ class MultiPolicyManager:
                     return since, (target, why)
         return since, None
 
-    def _switch(self, name: str, blend_time: float, why: str) -> None:
+    def _switch(self, name: str, blend_time: float, why: str, held: Targets) -> None:
+        """Make ``name`` the active one; ``held`` are the last targets of the one that leaves."""
         self.history.append((self._time, self.active, name, why))
-        self.policies[self.active].reset()  # whoever is not active is at its beginning
+        self._leaving, self._leaving_ticks, self._old = self.active, self._ticks, held
+        self._owed = {joint: self._sent[joint] - held[joint] for joint in self.joint_names}
+        self._from = self.gains
         self.active, self._ticks, self._since = name, 0, {}
-        self._start = (self._sent, *self.gains)
-        self._blend = round(blend_time / self.control_dt) if self._sent else 0
+        self._blend = round(blend_time / self.control_dt)
+
+    def _advance_leaving(self, sensors: Sensors) -> None:
+        """The old policy's step in a blend; where it lacks a sensor its targets are held."""
+        if self._leaving_ticks % self._every[self._leaving] == 0:
+            with contextlib.suppress(SensorError):
+                self._old = self.policies[self._leaving].act(self._those_of(self._leaving, sensors))
+        self._leaving_ticks += 1
 
     def _mixed(self, start: dict[str, float], goal: dict[str, float]) -> dict[str, float]:
         weight = self._ticks / self._blend

@@ -89,10 +89,11 @@ def require_version(saved: object, where: str) -> dict[str, Any]:
 
 
 def policy_state(env: Env) -> torch.Tensor:
-    """What the policy carries from step to step, ``(n, state_size)``: last action, phase, coast, and the
-    memory of a history."""
-    memory = getattr(env, "memory", env.action[:, :0])
-    return torch.cat((env.action, env.phase.unsqueeze(-1), env.coast.unsqueeze(-1), memory), dim=-1)
+    """What the policy carries from step to step, ``(n, state_size)``: last action, phase and coast if it
+    observes the gait, and the memory of a history."""
+    clock = torch.stack((env.phase, env.coast), dim=-1)
+    clock = clock if "gait_phase" in env.config.actor_observations else clock[:, :0]
+    return torch.cat((env.action, clock, getattr(env, "memory", clock[:, :0])), dim=-1)
 
 
 def policy_sensors(env: Env) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mujoco
 import torch
 
-from kouros.envs.config import NOISE, HumanoidEnvConfig, RandomizationConfig, TerrainConfig
+from kouros.envs.config import NOISE, TASKS, HumanoidEnvConfig, RandomizationConfig, TerrainConfig
 from kouros.envs.wrappers import Env, make_policy_env
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, yaw_of
 
@@ -195,8 +195,8 @@ def evaluate_walk(
     """Run seeded episodes side by side and measure the gait.
 
     Commands, first states and what counts as a fall are those of the task ``walk``, whatever
-    ``config`` trained with; a command lasts 5 s and a tenth of them are zero. An episode ends for
-    good at its first fall.
+    ``config`` trained with; a command lasts 5 s and a tenth of them are zero. A policy that observes no
+    command holds the poses of the task ``stand``. An episode ends for good at its first fall.
 
     Args:
       policy: observations ``(n, obs_dim)`` to actions ``(n, num_joints)``.
@@ -213,7 +213,8 @@ def evaluate_walk(
         field goes on from another first state.
       straight: command 0.5 to 0.8 m/s straight ahead in one direction, throughout.
     """
-    task, walks = HumanoidEnvConfig(), "command" in config.actor_observations
+    walks = "command" in config.actor_observations
+    task = TASKS["walk" if walks else "stand"]()
     steps = math.ceil(seconds / config.control_dt)
     config = dataclasses.replace(
         config,
