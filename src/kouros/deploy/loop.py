@@ -1,4 +1,7 @@
-"""The real-time loop: a policy, a robot, absolute deadlines, and a safety layer between them."""
+"""The real-time loop: a policy, a robot, absolute deadlines, and a safety layer between them.
+
+The command line imports this for its options: NumPy waits until it is needed.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kouros.checks import require, require_numbers
-from kouros.deploy.runner import Sensors, Targets
+
+if TYPE_CHECKING:
+    from kouros.deploy.runner import Sensors, Targets
 
 Gains = tuple[Mapping[str, float], Mapping[str, float]]
 
@@ -108,6 +111,8 @@ class Safety:
     """
 
     def __init__(self, contract: Mapping[str, Any], config: LoopConfig, dt: float) -> None:
+        import numpy as np
+
         self.config = config
         names = contract["joint_names"]
         low, high = np.array(contract["joint_range"]).T
@@ -185,6 +190,8 @@ class LoopReport:
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of (what, median, 99th percentile, largest), in us."""
+        import numpy as np
+
         rows: list[tuple[str, ...]] = []
         for what, values in (
             ("awake after the deadline (jitter)", self.wake),

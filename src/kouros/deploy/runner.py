@@ -247,7 +247,8 @@ class PolicyRunner:
     def _wrong(self, name: str, value: Any) -> str:
         """What is wrong with the value of a sensor; empty if nothing is."""
         if name == "time":
-            if not _size(value) < math.inf:
+            size = _size(value)
+            if size is None or not size < math.inf:
                 return f"time={value!r}: not a finite number of seconds"
             stale = not value > self._time
             return f"time={value!r}: stale, the last sensors were of {self._time!r}" if stale else ""
@@ -262,7 +263,7 @@ class PolicyRunner:
             return f"{name} of shape {shape}: expected 3 numbers"
         for place in places:
             size = _size(value[place])
-            if math.isnan(size):
+            if size is None:
                 return f"{name}[{place}]={value[place]!r}: not a number"
             if not size < LARGEST:
                 return f"{name}[{place}]={value[place]!r}: not finite, or beyond {LARGEST:g}"
@@ -314,14 +315,14 @@ def joints_getter(names: tuple[str, ...]) -> Callable[[Mapping[str, float]], tup
     return getter if len(names) > 1 else lambda values: (getter(values),)
 
 
-def _size(value: Any) -> float:
-    """The absolute value, NaN for what is no number."""
+def _size(value: Any) -> float | None:
+    """The absolute value, None for what is no number."""
     try:
         return math.hypot(value)
     except OverflowError:
         return math.inf
     except (TypeError, ValueError):
-        return math.nan
+        return None
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
