@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # What a backend may differ from the steps recorded at the export: targets in rad, states in their units.
 PARITY = 1e-4
 
-# Beyond this (SI units) a number is no measurement, and its square no float32.
+# Beyond this (SI units) a number is no measurement.
 LARGEST = 1e18
 
 Sensors = Mapping[str, Any]
@@ -97,11 +97,19 @@ class PolicyRunner:
         self._joints = tuple(name for name in self.sensors if name in JOINT_SENSORS)
         self._in_order = joints_getter(self.joint_names)
         if self.sensors:
-            # The sensors are the first part of one array: all are written at once, and checked at once.
-            self._flat = inputs[self.sensors[0]].base[: sum(self._sizes.values())]
+            # The sensors are the first part of one array: all are written at once, and checked at once. Lists
+            # and raw memory, not NumPy: its calls cost more than so few numbers do.
+            self._flat = memoryview(inputs[self.sensors[0]].base)[: sum(self._sizes.values())]
             self._write = struct.Struct(f"{len(self._flat)}f").pack_into
-            self._state, self._next_state = inputs["state"], outputs["next_state"]
-            self._targets = outputs["joint_targets"]
+            self._state, self._next_state = (
+                memoryview(array).cast("B") for array in (inputs["state"], outputs["next_state"])
+            )
+            self._targets = memoryview(outputs["joint_targets"][0])
+            zeros = dict.fromkeys(self.joint_names, 0.0)
+            self._nothing: dict[str, Any] = {
+                name: zeros if name in self._joints else (0.0,) * 3 for name in self.sensors
+            }
+            self._nothing["time"] = math.inf
         self._verify()
         self.reset()
 
@@ -109,7 +117,7 @@ class PolicyRunner:
         """Begin anew: no last action, no history, the gait clock at zero."""
         self._time = -math.inf
         if self.sensors:
-            self._state[:] = 0.0
+            self._state[:] = bytes(len(self._state))
 
     def act(self, sensors: Sensors) -> Targets:
         """One control step.
@@ -129,15 +137,15 @@ class PolicyRunner:
         """
         self.read(sensors)
         self._backend()
-        targets = self._targets[0]
-        if not isfinite(targets.dot(targets)):
+        targets = self._targets.tolist()
+        if not isfinite(sum(targets)):
             raise RuntimeError(f"{self._path}: gave a joint target that is not finite")
         self._state[:] = self._next_state
-        return dict(zip(self.joint_names, targets.tolist(), strict=True))
+        return dict(zip(self.joint_names, targets, strict=True))
 
     def peek(self, sensors: Sensors) -> Targets:
         """What :meth:`act` would return, without moving on."""
-        time, state = self._time, self._state.copy()
+        time, state = self._time, bytes(self._state)
         try:
             return self.act(sensors)
         finally:
@@ -145,8 +153,11 @@ class PolicyRunner:
             self._state[:] = state
 
     def warm(self) -> None:
-        """Run the policy once for nothing, so that its next step finds it in the processor's caches."""
-        self._backend()
+        """Take a step for nothing, so that the next one finds all of it in the processor's caches."""
+        if self.sensors:
+            self.peek(self._nothing)
+        else:
+            self._backend()
 
     def read(self, sensors: Sensors) -> None:
         """Take in sensors, or raise :class:`SensorError`."""
@@ -166,10 +177,10 @@ class PolicyRunner:
                 value = sensors[name]
                 if len(value) != 3:
                     raise SensorError(self._wrong(name, value))
-                values += value
+                values.extend(value)
             for name in self._joints:
                 value = sensors[name]
-                values += self._in_order(value)
+                values.extend(self._in_order(value))
                 if len(value) != number:
                     raise SensorError(self._wrong(name, value))
             self._write(self._flat, 0, *values)
@@ -177,7 +188,7 @@ class PolicyRunner:
             raise (
                 error if isinstance(error, SensorError) else SensorError(self._first_wrong(sensors))
             ) from error
-        if not isfinite(self._flat.dot(self._flat)):
+        if not -LARGEST < sum(self._flat.tolist()) < LARGEST:
             raise SensorError(self._first_wrong(sensors))
         self._time = time
 
@@ -236,7 +247,8 @@ class PolicyRunner:
 
     def _first_wrong(self, sensors: Sensors) -> str:
         """What is wrong with sensors that are all there."""
-        return next(filter(None, (self._wrong(name, sensors[name]) for name in self.sensors)))
+        wrong = (self._wrong(name, sensors[name]) for name in self.sensors)
+        return next(filter(None, wrong), "sensors: too large to be measured")
 
     def _wrong(self, name: str, value: Any) -> str:
         """What is wrong with the value of a sensor; empty if nothing is."""
