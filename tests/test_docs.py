@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,8 @@ class SwitchedOffError(Exception):
     """The robot of ``docs/policy-file.md`` was switched off: its loop has no end."""
 
 
-def robots_computer(folder: Path) -> dict[str, Any]:
-    """What ``docs/policy-file.md`` leaves to the reader: a policy file, a robot's sensors and servos."""
-    from kouros.deploy.export import OnnxExporter
-    from kouros.envs.contract import record_policy
-    from kouros.learning.run import load_policy
-
-    actor, config, contract = load_policy("walk")
-    recording = record_policy(actor.act, config, steps=20)
-    OnnxExporter(actor, contract).export(folder / "policy.onnx", recording)
+def robots_computer() -> dict[str, Any]:
+    """What ``docs/policy-file.md`` leaves to the reader: a robot's sensors and servos."""
     sent: list[np.ndarray] = []
 
     def read_robot(joint_names: list[str]) -> dict[str, np.ndarray]:
@@ -67,11 +61,14 @@ def registries() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_page_run(
+    page: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(exported, tmp_path / "policy.onnx")
     text = page.read_text("utf-8")
     endless = page.stem == "policy-file"
-    namespace = {"__name__": page.stem, **(robots_computer(tmp_path) if endless else {})}
+    namespace = {"__name__": page.stem, **(robots_computer() if endless else {})}
     with pytest.raises(SwitchedOffError) if endless else contextlib.nullcontext():
         for block in BLOCK.finditer(text):
             before = text.count("\n", 0, block.start(1))  # so that errors name the page's own lines

@@ -81,10 +81,15 @@ def mirrored(x: torch.Tensor, rule: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return sign * x[:, index]
 
 
-def test_a_mirrored_world_gives_mirrored_observations_and_equal_rewards() -> None:
+@pytest.mark.parametrize("task", ["walk", "stand"])
+def test_a_mirrored_world_gives_mirrored_observations_and_equal_rewards(task: str) -> None:
     """World 1 is put into the mirror image of world 0 and both are driven by mirrored actions."""
-    env = make_env(2, harness=0.5)
+    env = make_env(2, task=task, harness=0.5)
     sim = env.simulation
+    if env.poses:
+        for tensor, away in ((env.poses.pose, 0.0), (env.poses.goal, 0.1)):
+            tensor[:1] += away
+            tensor[1:] = mirrored(tensor[:1], env.mirror["action"])
     flip = torch.tensor([1.0, -1, 1, 1, -1, 1, -1], dtype=torch.float64)
     joints = (env.mirror["action"][0], env.mirror["action"][1].double())
     sim.qpos[1, :7] = flip * sim.qpos[0, :7]
@@ -107,15 +112,16 @@ def test_a_mirrored_world_gives_mirrored_observations_and_equal_rewards() -> Non
     assert obs.abs().max() > 0.5
 
 
-def test_partial_reset_touches_only_its_rows() -> None:
-    env = make_env(6, randomization=randomization("sim2real"))
+@pytest.mark.parametrize("task", ["walk", "stand"])
+def test_partial_reset_touches_only_its_rows(task: str) -> None:
+    env = make_env(6, task=task, randomization=randomization("sim2real"))
     generator = torch.Generator().manual_seed(0)
     for _ in range(7):
         env.step(random_actions(env, generator, 0.1))
 
     def per_world() -> dict[str, torch.Tensor]:
         state = env.state_dict()
-        parts = state | state["randomization"] | state["actuators"]
+        parts = state | state["randomization"] | state["actuators"] | state["poses"]
         found = {name: x for name, x in parts.items() if isinstance(x, torch.Tensor) and x.dim()}
         ages = {name: found.pop(name).transpose(0, 1) for name in ("frames", "targets")}
         del found["generator"]
@@ -152,9 +158,10 @@ def test_autoreset_returns_the_next_episode_and_keeps_the_last_observation() -> 
     assert env.episode_length.tolist() == [0, 2, 2]
 
 
-def test_the_last_observation_differs_only_where_an_episode_ended() -> None:
+@pytest.mark.parametrize("task", ["walk", "stand"])
+def test_the_last_observation_differs_only_where_an_episode_ended(task: str) -> None:
     """Also in the steps in which commands change."""
-    env = make_env(6, resampling_interval=0.1, max_episode_length=17)
+    env = make_env(6, task=task, resampling_interval=0.1, max_episode_length=17)
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         obs, _, terminated, truncated, info = env.step(random_actions(env, generator, 1.0))
@@ -208,8 +215,10 @@ def test_same_seed_same_episodes() -> None:
         assert torch.equal(info["critic_obs"], make_env(4, seed=5).reset(seed=5)[1]["critic_obs"])
 
 
-def test_n_plus_n_equals_2n_through_a_state_dict() -> None:
-    env = make_env(4)
+@pytest.mark.parametrize("task", ["walk", "stand"])
+def test_n_plus_n_equals_2n_through_a_state_dict(task: str) -> None:
+    changes: dict[str, Any] = {"task": task, "resampling_interval": 0.3}
+    env = make_env(4, **changes)
     generator = torch.Generator().manual_seed(0)
     actions = [random_actions(env, generator) for _ in range(80)]
     for action in actions[:40]:
@@ -217,7 +226,7 @@ def test_n_plus_n_equals_2n_through_a_state_dict() -> None:
     saved = env.state_dict()
     for action in actions[40:]:
         expected = env.step(action)
-    again = make_env(4, seed=9)
+    again = make_env(4, seed=9, **changes)
     again.load_state_dict(saved)
     for action in actions[40:]:
         found = again.step(action)
@@ -439,6 +448,10 @@ class TestBadInput:
             ),
             ({"critic_observations": ("x",)}, "critic_observations='x'"),
             ({"pose_weights": {"tail": 1.0}}, "pose_weights: 'tail' matches no joint"),
+            ({"pose_range": {"tail": 1.0}}, "pose_range: 'tail' matches no joint"),
+            ({"pose_range": {"elbow": -0.1}}, "pose_range={'elbow': -0.1}: must not be negative"),
+            ({"crouch": (0.3, 0.0)}, r"crouch=\(0.3, 0.0\): must be \(lowest, highest\)"),
+            ({"pose_speed": 0.0}, "pose_speed=0.0: must be greater than 0"),
             ({"num_envs": 0}, "num_envs=0: must be greater than 0"),
             ({"timestep": -0.005}, "timestep=-0.005"),
             ({"command_vx": (1.0, 0.0)}, r"command_vx=\(1.0, 0.0\): must be \(lowest, highest\)"),
@@ -470,6 +483,7 @@ class TestBadInput:
         [
             ({"randomization": randomization("light")}, "randomization"),
             ({"actuator": "explicit"}, "actuators"),
+            ({"crouch": (0.0, 0.3)}, "poses"),
         ],
     )
     def test_state_of_another_robot(self, changes: dict, message: str) -> None:
@@ -504,6 +518,9 @@ OTHER = {
     "heading_fraction": 0.0,
     "heading_stiffness": 0.1,
     "resampling_interval": 0.3,
+    "pose_range": {"waist": 0.3},
+    "crouch": (0.1, 0.2),
+    "pose_speed": 0.1,
     "gait_period": 0.5,
     "swing_fraction": 0.3,
     "swing_height": 0.02,
@@ -558,7 +575,7 @@ WITHOUT_EFFECT = {"robot", "torque_speed", "num_threads", "engine", "graph", "li
 def trace(**changes: object) -> list[torch.Tensor]:
     """What an environment returns in 60 steps of random actions, episodes ending both ways."""
     base: dict[str, Any] = {"num_envs": 6, "max_episode_length": 45, "resampling_interval": 0.2}
-    base["heading_fraction"] = 0.5
+    base |= {"heading_fraction": 0.5, "pose_range": {"elbow": 0.3}}
     env = make_env(**{**base, **changes})
     generator = torch.Generator().manual_seed(0)
     steps = [env.step(random_actions(env, generator, 1.0)) for _ in range(60)]

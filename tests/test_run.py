@@ -223,10 +223,16 @@ sys.exit(kouros.cli.main(["train", "--resume", {str(folder)!r}, "--steps=640"]))
     def test_policy_of_another_contract_or_version(self, tmp_path: Path) -> None:
         folder = train(tiny(tmp_path / "run", 64))
         content = checkpoint.load(folder / "policy.pt")
+
+        def learnt_in(**changes: object) -> dict[str, Any]:
+            contract = content["contract"]
+            return {"contract": {**contract, "environment": {**contract["environment"], **changes}}}
+
         for changes, message in (
             ({"contract": {**content["contract"], "contract_version": 99}}, "contract version 99"),
-            ({"env": {**content["env"], "gravity": 1.0}}, "unknown field gravity"),
-            ({"env": {**content["env"], "robot": "h1"}}, "robot='h1'"),
+            (learnt_in(gravity=1.0), "unknown field gravity"),
+            (learnt_in(robot="h1"), "robot='h1': choose from g1"),
+            (learnt_in(gait_period=1.0), "gait_period=0.7 there, 1.0 here"),
             ({"contract": {**content["contract"], "robot": "h1"}}, "robot='h1' there, 'g1' here"),
             ({"contract": {**content["contract"], "control_dt": 0.01}}, "control_dt=0.01 there"),
             ({"contract": None}, "has no contract"),
@@ -257,12 +263,16 @@ class TestExport:
         meta = {p.key: p.value for p in onnx.load(path).metadata_props}
         found = json.loads(meta["kouros"])
         env = make_env(2)
-        assert found == json.loads(json.dumps(policy_contract(env)))
+        expected = json.loads(json.dumps(policy_contract(env)))
+        assert found["environment"] == {**expected.pop("environment"), "num_envs": 8}
+        assert {name: found[name] for name in expected} == expected
+        told = {"run": str(tmp_path / "run"), "task": "walk", "seed": 0, "steps": 2 * 64}
+        assert told.items() <= found["training"].items()
         session = onnxruntime.InferenceSession(path)
         state = np.zeros((2, 31), np.float32)
         env.phase[:], env.coast[:] = 0.0, 0.0
         for _ in range(20):
-            sensors = {k: v.numpy() for k, v in policy_sensors(env).items()}
+            sensors = {name: policy_sensors(env)[name].numpy() for name in found["sensors"]}
             targets, state = session.run(None, {**sensors, "state": state})
             with torch.no_grad():
                 env.step(actor.act(env.observe()))
@@ -275,9 +285,12 @@ class TestExport:
         actor, config, contract = load_policy(folder)
         recording = record_policy(actor.act, config)
         recording["joint_targets"][500, 3] += 1e-3
+        path = tmp_path / "policy.onnx"
+        path.write_bytes(b"the one before")
         with pytest.raises(RuntimeError, match=r"differs from the trained one by 0\.001"):
-            OnnxExporter(actor, contract).export(tmp_path / "policy.onnx", recording)
-        assert not (tmp_path / "policy.onnx").exists()
+            OnnxExporter(actor, contract).export(path, recording)
+        assert path.read_bytes() == b"the one before"
+        assert sorted(tmp_path.iterdir()) == [path, folder]
 
     def test_what_a_robot_cannot_measure_is_refused(self) -> None:
         from conftest import make_env

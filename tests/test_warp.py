@@ -231,6 +231,8 @@ EVERYTHING: dict[str, Any] = {
     "num_envs": 4,
     "actuator": "explicit",
     "torque_speed": True,
+    "pose_range": {"shoulder": 0.3, "waist_yaw": 0.2},
+    "crouch": (0.0, 0.3),
     "randomization": dataclasses.replace(
         randomization("sim2real"),
         push_interval=(0.02, 0.06),
@@ -273,7 +275,8 @@ def test_state_stays_where_it_is(engine: str) -> None:
 
     def places() -> list[int]:
         own = [getattr(env, name) for name in (*_STATE, "_read")]
-        parts = [part.tensors().values() for part in (env.randomization, env.actuators, env.levels)]
+        holders = (env.randomization, env.actuators, env.levels, env.poses)
+        parts = [part.tensors().values() for part in holders]
         return [tensor.data_ptr() for tensors in (own, *parts) for tensor in tensors]
 
     before = places()
@@ -291,13 +294,14 @@ def poison(holder: object, places: set[int]) -> None:
             value.fill_(torch.nan)
 
 
-@pytest.mark.parametrize("task", ["walk", "walk-rough"])
+@pytest.mark.parametrize("task", ["walk", "walk-rough", "stand"])
 def test_a_step_reads_nothing_that_the_last_one_left_elsewhere(task: str) -> None:
     """A graph would read there what it found when it was recorded, or what others have put there since."""
     env_config = dataclasses.replace(
         TASKS[task](),
         heading_fraction=0.5,
         max_episode_length=6,
+        resampling_interval=0.06,
         harness_fall_time=0.1,
         wrappers=("kinematic", "history:2", "normalize"),
         curriculum=CurriculumConfig(
@@ -320,7 +324,8 @@ def test_a_step_reads_nothing_that_the_last_one_left_elsewhere(task: str) -> Non
         while isinstance(env, ObservationWrapper):
             env = env.env
             layers.append(env)
-        return [*layers, env.randomization, env.actuators, env.commands, env.levels, env.curriculum]
+        parts = [env.randomization, env.actuators, env.commands, env.poses, env.levels, env.curriculum]
+        return [*layers, *parts]
 
     def storages(env: Env) -> list[set[int]]:
         tensors = ([v for v in vars(h).values() if isinstance(v, torch.Tensor)] for h in holders(env))

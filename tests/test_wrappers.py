@@ -447,7 +447,8 @@ class TestExport:
         for t in range(12):
             command = (0.5, 0.0, 0.1 * (t // 5))
             robot.env.set_command(torch.tensor([command]))
-            sensors = {k: v.numpy() for k, v in policy_sensors(robot.env).items()}
+            told = policy_sensors(robot.env)
+            sensors = {i.name: told[i.name].numpy() for i in session.get_inputs()[:-1]}
             targets, state = session.run(None, {**sensors, "state": state})
             robot.step(command)
             np.testing.assert_allclose(targets, robot.env.simulation.ctrl, atol=1e-4)

@@ -38,11 +38,15 @@ _HOME = {
     "CriticNetwork": "kouros.learning.networks",
     "load_policy": "kouros.learning.run",
     "OnnxExporter": "kouros.deploy.export",
+    "PolicyRunner": "kouros.deploy.runner",
+    "MultiPolicyManager": "kouros.deploy.manager",
 }
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from kouros.deploy.export import OnnxExporter as OnnxExporter
+    from kouros.deploy.manager import MultiPolicyManager as MultiPolicyManager
+    from kouros.deploy.runner import PolicyRunner as PolicyRunner
     from kouros.envs.config import CurriculumConfig as CurriculumConfig
     from kouros.envs.config import HumanoidEnvConfig as HumanoidEnvConfig
     from kouros.envs.curriculum import CurriculumManager as CurriculumManager

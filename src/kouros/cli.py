@@ -178,7 +178,7 @@ def _walk_table(result: WalkResult, config: Eval) -> Table:
     from rich.table import Table
 
     table = Table("figure", "measured", "walking means", "", title=str(config.policy))
-    for name, (what, unit, low, high) in result.BAR.items():
+    for name, (what, unit, low, high) in result.bar.items():
         value = getattr(result, name)
         bar = "" if math.isinf(high) and low == 0 else f"{low:g} to {high:g}"
         if math.isinf(high) and low:
@@ -325,7 +325,9 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("KOUROS_TRACEBACK"):
             raise
-        print(f"kouros: {error}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        fix = "; this command needs all that kouros depends on: pip install kouros" if missing else ""
+        print(f"kouros: {error}{fix}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kouros.checks import check_choice
-from kouros.deploy.policy_file import NO_DIGEST, PRODUCER, pack, signed
+from kouros.deploy.policy_file import NO_DIGEST, PRODUCER, pack, plain_path, signed
 from kouros.files import replacing
 from kouros.normalizer import Normalizer
 from kouros.physics.kinematics import SitePositions
@@ -53,9 +53,9 @@ class PolicyGraph(nn.Module):
     """The control law as one function: ``(sensors..., state) -> (joint_targets, next_state, ...)``.
 
     Everything between the sensors and the servos is inside: default pose, gait clock, last action,
-    wrappers, normalizer, network, scaling and clipping. ``state`` is ``(n, state_size)``: last action, gait
-    phase in [0, 1), how much of a cycle the gait goes on after a command to stand, and with a history all its
-    observations but the newest and a 1 that says that they are there; zeros to begin with.
+    wrappers, normalizer, network, scaling and clipping. ``state`` is ``(n, state_size)``: last action; where
+    the gait is observed its phase in [0, 1) and how much of a cycle it goes on after a command to stand; with
+    a history all its observations but the newest and a 1 that says that they are there; zeros to begin with.
 
     Args:
       actor: its ``act`` is the policy: observations to actions.
@@ -102,7 +102,8 @@ class PolicyGraph(nn.Module):
         self.action_offset = nn.Buffer(torch.tensor(contract["action_offset"]))
         self.action_scale = nn.Buffer(torch.tensor(contract["action_scale"]))
         size = sum(term["size"] for term in contract["observations"])
-        state_size = joints + 2
+        self.gait = "gait_phase" in terms
+        state_size = joints + 2 * self.gait
         for entry in self.wrappers:
             name, _, argument = entry.partition(":")
             if name == "kinematic":
@@ -141,28 +142,29 @@ class PolicyGraph(nn.Module):
         Args:
           inputs: the sensors by name and ``state``, ``(n, size)`` each.
         """
-        # Of two ways to say it, the faster in onnxruntime: a node costs a microsecond, slice() or where() two,
-        # and tanh() or relu() right after addmm() nothing.
+        # Of two ways to say it, the faster in onnxruntime: a node costs a microsecond, a slice or where()
+        # two, and tanh() or relu() right after addmm() nothing.
         contract, given = self.contract, inputs
         joints = len(contract["joint_names"])
-        rest = self.sizes["state"] - joints - 2
-        last_action, clock, *memory = given["state"].split([joints, 2, *[rest] * (rest > 0)], dim=-1)
-        if "command" in given:  # (phase, coast): the phase is never ordered
+        rest = self.sizes["state"] - joints - 2 * self.gait
+        last_action, *carried = given["state"].split([joints, *[2] * self.gait, *[rest] * (rest > 0)], dim=-1)
+        clock, memory = carried[: self.gait], carried[self.gait :]
+        terms = {**given, "last_action": last_action}
+        if self.gait:  # (phase, coast): the phase is never ordered
             ordered = given["command"].norm(dim=-1, keepdim=True) > self.ordered
-            clock = torch.maximum(clock, ordered.float())
-        moving = torch.tanh(torch.addmm(self.zero, clock, self.moving))  # 0, or of what is large 1
-        gait = torch.sin(torch.addmm(self.quarter, clock, self.turn)) * moving
-        terms = {**given, "gait_phase": gait, "last_action": last_action}
+            now = torch.maximum(clock[0], ordered.float())
+            moving = torch.tanh(torch.addmm(self.zero, now, self.moving))  # 0, or of what is large 1
+            terms["gait_phase"] = torch.sin(torch.addmm(self.quarter, now, self.turn)) * moving
+            # One cycle is one turn of the phase, and all of the coast.
+            clock = [torch.fmod(torch.relu(torch.addmm(self.advance, now, self.same)), 1.0)]
         obs = torch.cat([terms[term["name"]] for term in contract["observations"]], dim=-1) - self.nominal
         obs, memory = self._wrapped(obs, given.get("joint_pos", obs), memory)
         limit = contract["action_limit"]
         action = self.actor(obs).clamp(-limit, limit) if self.clipped else self.actor.act(obs)
-        # One cycle is one turn of the phase, and all of the coast.
-        clock = torch.fmod(torch.relu(torch.addmm(self.advance, clock, self.same)), 1.0)
         about = given["pose_command"] if contract["action_about"] == "pose_command" else self.action_offset
         return {
             "joint_targets": about + self.action_scale * action,
-            "next_state": torch.cat((action, clock, *memory), dim=-1),
+            "next_state": torch.cat((action, *clock, *memory), dim=-1),
             "observation": obs,
             "action_mean": action,
         }
@@ -240,7 +242,7 @@ class OnnxExporter:
             "sensors": {name: {"size": sizes[name], "unit": SENSORS[name]} for name in self.graph.sensors},
             "state": {
                 "size": sizes["state"],
-                "unit": "last action, gait phase in [0, 1), coast in [0, 1], history; zeros at first",
+                "unit": "last action; phase and coast of the gait, in [0, 1]; history: zeros at first",
             },
             "proof": {name: pack(values[rows].numpy()) for name, values in recording.items()},
         }
@@ -266,11 +268,6 @@ class OnnxExporter:
             with replacing(file) as temporary:
                 temporary.write_bytes(data)
         return difference
-
-
-def plain_path(path: str | Path) -> Path:
-    """Where the plain form of a policy file lies: ``policy.plain.onnx`` beside ``policy.onnx``."""
-    return Path(path).with_suffix(".plain.onnx")
 
 
 def plain_form(model: Any, obs_dim: int, std: list[float]) -> Any:

@@ -50,15 +50,21 @@ def read_policy_file(path: str | Path) -> tuple[bytes, dict[str, Any]]:
         )
     if PRODUCER not in data[:64]:
         raise ValueError(
-            f"{path}: not written by kouros export: it says nothing of joints, gains and sensors"
+            f"{path}: not written by kouros export, or damaged at its start: there is no contract that says "
+            "which sensors, joints and gains it means"
         )
     if not (version and _DIGEST.search(data)):
-        raise ValueError(f"{path}: cut short; {AGAIN}")
+        raise ValueError(f"{path}: cut short or damaged; {AGAIN}")
     if signed(data) != data:
         raise ValueError(f"{path}: damaged, its digest is another; {AGAIN}")
     start = data.rindex(b"{", 0, version.start())
     contract, _ = json.JSONDecoder().raw_decode(data[start:].decode("utf-8", "replace"))
     return data, contract
+
+
+def plain_path(path: str | Path) -> Path:
+    """Where the plain form of a policy file lies: ``policy.plain.onnx`` beside ``policy.onnx``."""
+    return Path(path).with_suffix(".plain.onnx")
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:

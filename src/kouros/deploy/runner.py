@@ -1,4 +1,4 @@
-"""Runs a policy: named sensors in, joint targets out. A policy file needs NumPy and onnxruntime alone."""
+"""Runs a policy: named sensors in, named joint targets out. A policy file needs NumPy and onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 # What a backend may differ from the steps recorded at the export: targets in rad, states in their units.
 PARITY = 1e-4
 
-# Beyond this (SI units) a number is no measurement.
+# Beyond this (SI units) a number is no measurement, and its square no float32.
 LARGEST = 1e18
 
 Sensors = Mapping[str, Any]
 Targets = dict[str, float]
+Gains = tuple[dict[str, float], dict[str, float]]
 
 
 class SensorError(ValueError):
@@ -38,8 +39,8 @@ class PolicyRunner:
 
     The plain form of a policy file (``policy.plain.onnx``) is a network: :meth:`step`. The policy file itself
     is a controller: :meth:`act`. A checkpoint is both. The backend is onnxruntime on the CPU unless another
-    is asked for, and there is no fallback: one that is missing or does not repeat the steps that were
-    recorded at the export is an error that says what to do.
+    is asked for, and there is no fallback: one that is missing, or does not repeat the steps that were
+    recorded at the export, is an error that says what to do.
 
     Args:
       policy: ``policy.onnx`` or its plain form; or, with torch and MuJoCo installed, a run folder, a ``.pt``
@@ -53,6 +54,7 @@ class PolicyRunner:
       joint_names: the joints that it moves.
       sensors: names of what :meth:`act` takes besides ``time``.
       control_dt: time between two calls of :meth:`act`, s.
+      gains: stiffness and damping of the servos, N m/rad and N m s/rad, by joint name.
       backend: what runs it, in words.
 
     Raises:
@@ -89,6 +91,11 @@ class PolicyRunner:
         self.backend: str = self._backend.name
         self.joint_names: tuple[str, ...] = tuple(self.contract["joint_names"])
         self.control_dt: float = self.contract["control_dt"]
+        stiffness, damping = (
+            dict(zip(self.joint_names, self.contract[figure], strict=True))
+            for figure in ("stiffness", "damping")
+        )
+        self.gains: Gains = (stiffness, damping)
         inputs, outputs = self._backend.inputs, self._backend.outputs
         self.sensors: tuple[str, ...] = tuple(name for name in inputs if name not in ("observation", "state"))
         self._expected = {"time", *self.sensors}
@@ -97,10 +104,10 @@ class PolicyRunner:
         self._joints = tuple(name for name in self.sensors if name in JOINT_SENSORS)
         self._in_order = joints_getter(self.joint_names)
         if self.sensors:
-            # The sensors are the first part of one array: all are written at once, and checked at once. Lists
-            # and raw memory, not NumPy: its calls cost more than so few numbers do.
-            self._flat = memoryview(inputs[self.sensors[0]].base)[: sum(self._sizes.values())]
-            self._write = struct.Struct(f"{len(self._flat)}f").pack_into
+            # The sensors are the first part of one array: all are written at once. As memory, not through
+            # NumPy, whose calls cost more than so few numbers do.
+            self._flat = memoryview(inputs[self.sensors[0]].base)
+            self._write = struct.Struct(f"{sum(self._sizes.values())}f").pack_into
             self._state, self._next_state = (
                 memoryview(array).cast("B") for array in (inputs["state"], outputs["next_state"])
             )
@@ -109,7 +116,6 @@ class PolicyRunner:
             self._nothing: dict[str, Any] = {
                 name: zeros if name in self._joints else (0.0,) * 3 for name in self.sensors
             }
-            self._nothing["time"] = math.inf
         self._verify()
         self.reset()
 
@@ -138,7 +144,7 @@ class PolicyRunner:
         self.read(sensors)
         self._backend()
         targets = self._targets.tolist()
-        if not isfinite(sum(targets)):
+        if not math.hypot(*targets) < LARGEST:
             raise RuntimeError(f"{self._path}: gave a joint target that is not finite")
         self._state[:] = self._next_state
         return dict(zip(self.joint_names, targets, strict=True))
@@ -155,7 +161,7 @@ class PolicyRunner:
     def warm(self) -> None:
         """Take a step for nothing, so that the next one finds all of it in the processor's caches."""
         if self.sensors:
-            self.peek(self._nothing)
+            self.peek({"time": math.nextafter(self._time, math.inf), **self._nothing})
         else:
             self._backend()
 
@@ -169,27 +175,25 @@ class PolicyRunner:
         if sensors.keys() != self._expected:
             raise SensorError(_names("sensors", sensors, self._expected))
         time, number = sensors["time"], len(self.joint_names)
-        if not time > self._time:
-            raise SensorError(f"time={time!r}: stale, the last sensors were of {self._time!r}")
         values: list[float] = []
         try:
+            if not self._time < time < math.inf:
+                raise ValueError
             for name in self._vectors:
                 value = sensors[name]
                 if len(value) != 3:
-                    raise SensorError(self._wrong(name, value))
+                    raise ValueError
                 values.extend(value)
             for name in self._joints:
                 value = sensors[name]
-                values.extend(self._in_order(value))
+                values += self._in_order(value)
                 if len(value) != number:
-                    raise SensorError(self._wrong(name, value))
+                    raise ValueError
+            if not math.hypot(*values) < LARGEST:
+                raise ValueError
             self._write(self._flat, 0, *values)
-        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
-            raise (
-                error if isinstance(error, SensorError) else SensorError(self._first_wrong(sensors))
-            ) from error
-        if not -LARGEST < sum(self._flat.tolist()) < LARGEST:
-            raise SensorError(self._first_wrong(sensors))
+        except (LookupError, TypeError, ValueError, OverflowError, struct.error) as error:
+            raise SensorError(self._first_wrong(sensors)) from error
         self._time = time
 
     def step(self, obs: ArrayLike) -> np.ndarray:
@@ -199,8 +203,9 @@ class PolicyRunner:
           obs: ``(obs_dim,)`` or ``(n, obs_dim)``, after all wrappers.
 
         Returns:
-          ``(num_joints,)`` or ``(n, num_joints)`` float32: multiply by ``contract["action_scale"]`` and add
-          ``contract["action_offset"]`` for targets.
+          ``(num_joints,)`` or ``(n, num_joints)`` float32: for targets multiply by
+          ``contract["action_scale"]`` and add ``contract["action_offset"]``, or the commanded pose where
+          ``contract["action_about"]`` says so.
 
         Raises:
           ValueError: of another shape, or not finite; or this is a policy file, which takes named sensors.
@@ -211,16 +216,15 @@ class PolicyRunner:
                 f"{self._path}: takes named sensors: use act(), or step() of the plain form beside it"
             )
         buffer = inputs["observation"][0]
-        obs = np.asarray(obs, np.float32)
+        with np.errstate(over="ignore"):  # what float32 has no room for is not finite
+            obs = np.asarray(obs, np.float32)
         if obs.shape[-1:] != buffer.shape or obs.ndim not in (1, 2):
             raise ValueError(f"obs of shape {obs.shape}: expected ({len(buffer)},) or (n, {len(buffer)})")
+        if not np.isfinite(obs).all():
+            raise ValueError("obs: not finite")
         if obs.ndim == 2:
-            if not np.isfinite(obs).all():
-                raise ValueError("obs: not finite")
             return self._backend.many({"observation": obs})["action_mean"]
         buffer[:] = obs
-        if not isfinite(buffer.dot(buffer)):
-            raise ValueError("obs: not finite")
         self._backend()
         return self._backend.outputs["action_mean"][0].copy()
 
@@ -247,11 +251,16 @@ class PolicyRunner:
 
     def _first_wrong(self, sensors: Sensors) -> str:
         """What is wrong with sensors that are all there."""
-        wrong = (self._wrong(name, sensors[name]) for name in self.sensors)
-        return next(filter(None, wrong), "sensors: too large to be measured")
+        found = (self._wrong(name, sensors[name]) for name in ("time", *self.sensors))
+        return next(filter(None, found), "sensors: not to be read as numbers")
 
     def _wrong(self, name: str, value: Any) -> str:
         """What is wrong with the value of a sensor; empty if nothing is."""
+        if name == "time":
+            if not _size(value) < math.inf:
+                return f"time={value!r}: not a finite number of seconds"
+            stale = not value > self._time
+            return f"time={value!r}: stale, the last sensors were of {self._time!r}" if stale else ""
         places: Iterable[Any] = range(3)
         if name in JOINT_SENSORS:
             places = self.joint_names
@@ -259,14 +268,14 @@ class PolicyRunner:
                 return f"{name}: {type(value).__name__} has no joint names; expected {{joint: number}}"
             if set(value) != set(places):
                 return _names(name, value, places)
-        elif np.shape(value) != (3,):
-            return f"{name} of shape {np.shape(value)}: expected 3 numbers"
+        elif (shape := _shape(value)) != (3,):
+            return f"{name} of shape {shape}: expected 3 numbers"
         for place in places:
-            number = value[place]
-            if np.ndim(number) or not isinstance(number, int | float | np.number):
-                return f"{name}[{place}]={number!r}: not a number"
-            if not np.abs(number) < LARGEST:
-                return f"{name}[{place}]={number!r}: not finite"
+            size = _size(value[place])
+            if math.isnan(size):
+                return f"{name}[{place}]={value[place]!r}: not a number"
+            if not size < LARGEST:
+                return f"{name}[{place}]={value[place]!r}: not finite, or beyond {LARGEST:g}"
         return ""
 
     def _verify(self) -> None:
@@ -313,6 +322,23 @@ def joints_getter(names: tuple[str, ...]) -> Callable[[Mapping[str, float]], tup
     """From a number for each joint by name to the numbers in the order of ``names``."""
     getter = operator.itemgetter(*names)
     return getter if len(names) > 1 else lambda values: (getter(values),)
+
+
+def _size(value: Any) -> float:
+    """The absolute value, NaN for what is no number."""
+    try:
+        return math.hypot(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    try:
+        return np.shape(value)
+    except ValueError:
+        return "ragged"
 
 
 def _names(what: str, given: Iterable[str], expected: Iterable[str]) -> str:
@@ -424,5 +450,14 @@ class _Checkpoint:
             mean = actor(obs.to(self._device))
             if action is None:
                 action = mean + actor.log_std.exp() * torch.randn_like(mean)
-            value = self._critic((obs if critic_obs is None else critic_obs).to(self._device))
+            action = action.to(self._device)
+            if critic_obs is None:
+                critic_obs = obs
+            size = len(self._critic.normalizer.mean)
+            if critic_obs.shape[-1] != size:
+                raise ValueError(
+                    f"critic_obs of shape {tuple(critic_obs.shape)}: the critic sees {size} numbers, "
+                    "info['critic_obs'] of the environment"
+                )
+            value = self._critic(critic_obs.to(self._device))
             return action, log_prob(action, mean, actor.log_std), entropy(actor.log_std), value

@@ -138,7 +138,7 @@ class Actuators:
 
         Args:
           mask: of the worlds.
-          target: what the servos were given before the episode, ``(num_joints,)``.
+          target: what the servos were given before the episode, ``(num_joints,)`` or of each world.
           delay: of each world, s, ``(num_envs, 1)``; None for none.
         """
         if len(self._targets) > 1:

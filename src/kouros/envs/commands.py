@@ -122,7 +122,7 @@ class PoseCommands:
 
         self._default = constant(robot.default_joint_pos)
         self._range = constant(by_part("pose_range", config.pose_range, robot.joint_names))
-        bends = {"hip_pitch": -0.5, "knee": 1.0, "ankle_pitch": -0.5} if config.crouch[1] else {}
+        bends = {"hip_pitch": -0.5, "knee": 1.0, "ankle_pitch": -0.5} if any(config.crouch) else {}
         self._bends = constant(by_part("crouch", bends, robot.joint_names))
         self._low, self._high = constant(robot.joint_range).unbind(-1)
         self.pose = self._default.repeat(config.num_envs, 1)
@@ -143,6 +143,10 @@ class PoseCommands:
         """Bring the poses a control step nearer to their goals."""
         most = self.config.pose_speed * self.config.control_dt
         self.pose += (self.goal - self.pose).clamp(-most, most)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What one step leaves for the next."""
+        return {"pose": self.pose, "goal": self.goal}
 
 
 def by_part(field: str, weights: dict[str, float], names: tuple[str, ...]) -> list[float]:

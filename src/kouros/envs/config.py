@@ -558,7 +558,18 @@ def stand() -> HumanoidEnvConfig:
             "last_action",
         ),
         rewards={
-            name: weight for name, weight in WALK_REWARDS.items() if name not in ("base_height", "pose")
+            "track_linear_velocity": 1.0,
+            "track_yaw_rate": 0.5,
+            "gait_contact": 0.3,
+            "alive": 2.0,
+            "tilt": -2.0,
+            "roll_pitch_rate": -0.05,
+            "vertical_velocity": -0.5,
+            "action_rate": -0.01,
+            "action_acceleration": -0.002,
+            "standing_pose": -1.5,
+            "foot_slip": -0.1,
+            "joint_velocity": -1e-4,
         },
     )
 

@@ -22,7 +22,8 @@ def policy_contract(env: Env) -> dict[str, Any]:
 
     Joint vectors are in ``joint_names`` order; SI units. What ``wrappers`` need to be computed elsewhere is
     beside them: ``kinematics``, both hands' chains (:func:`kouros.physics.kinematics.read_chains`), and
-    ``statistics``, the mean and variance that ``normalize`` goes by now. ``environment`` is the configuration.
+    ``statistics``, the mean and variance that ``normalize`` goes by now. ``environment`` is the
+    configuration.
 
     Raises:
       TypeError: the environment, or a wrapper around it, is of another kind.
@@ -88,10 +89,11 @@ def require_version(saved: object, where: str) -> dict[str, Any]:
 
 
 def policy_state(env: Env) -> torch.Tensor:
-    """What the policy carries from step to step, ``(n, state_size)``: last action, phase, coast, and the
-    memory of a history."""
-    memory = getattr(env, "memory", env.action[:, :0])
-    return torch.cat((env.action, env.phase.unsqueeze(-1), env.coast.unsqueeze(-1), memory), dim=-1)
+    """What the policy carries from step to step, ``(n, state_size)``: last action, phase and coast if it
+    observes the gait, and the memory of a history."""
+    clock = torch.stack((env.phase, env.coast), dim=-1)
+    clock = clock if "gait_phase" in env.config.actor_observations else clock[:, :0]
+    return torch.cat((env.action, clock, getattr(env, "memory", clock[:, :0])), dim=-1)
 
 
 def policy_sensors(env: Env) -> dict[str, torch.Tensor]:
@@ -123,7 +125,8 @@ def record_policy(
 
     Returns:
       The sensors, ``state`` and ``observation`` before each step, ``joint_targets`` and ``next_state`` that
-      came of it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the next.
+      came of it, ``(steps, ...)``. Steps that end an episode are left out: their ``next_state`` is of the
+      next.
 
     Raises:
       RuntimeError: nearly every step ends an episode.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mujoco
 import torch
 
-from kouros.envs.config import NOISE, HumanoidEnvConfig, RandomizationConfig, TerrainConfig
+from kouros.envs.config import NOISE, TASKS, HumanoidEnvConfig, RandomizationConfig, TerrainConfig
 from kouros.envs.wrappers import Env, make_policy_env
 from kouros.physics.rotations import quat_from_yaw, rotate, rotate_inverse, yaw_of
 
@@ -32,6 +32,9 @@ FIXED = (
     "heading_fraction",
     "heading_stiffness",
     "resampling_interval",
+    "pose_range",
+    "crouch",
+    "pose_speed",
     "fall_tilt",
     "fall_height",
     "curriculum",
@@ -126,8 +129,12 @@ class WalkResult:
     flight_fraction: float
     cost_of_transport: float
     action_rate: float
+    pose_error: float
+    """Root mean square over joints of the pose to hold against the true one, rad."""
     crossed: float
     """Share of episodes whose robot got 4 m away before it fell, if it did: over what a tile holds."""
+    walks: bool = True
+    """Whether the policy obeys velocity commands; one that does not is told to stand."""
 
     # name: (what it is, unit, smallest, largest value that counts as walking)
     BAR = {  # noqa: RUF012 (a table, not a field)
@@ -145,10 +152,21 @@ class WalkResult:
         "action_rate": ("change of a joint target per step", "rad", 0.0, math.inf),
     }
 
+    # Of a policy that holds a pose, instead of those of a gait.
+    STANDS = ("survival", "velocity_error", "yaw_rate_error", "tilt", "standing_steps")
+
+    @property
+    def bar(self) -> dict[str, tuple[str, str, float, float]]:
+        """The figures that count, as in BAR."""
+        if self.walks:
+            return self.BAR
+        pose = ("joints off the pose to hold, root mean square", "rad", 0.0, 0.1)
+        return {**{name: self.BAR[name] for name in self.STANDS}, "pose_error": pose}
+
     def failures(self) -> list[str]:
         """Names of the figures that miss the bar (a figure that could not be measured does)."""
         return [
-            name for name, (_, _, low, high) in self.BAR.items() if not low <= getattr(self, name) <= high
+            name for name, (_, _, low, high) in self.bar.items() if not low <= getattr(self, name) <= high
         ]
 
 
@@ -177,8 +195,8 @@ def evaluate_walk(
     """Run seeded episodes side by side and measure the gait.
 
     Commands, first states and what counts as a fall are those of the task ``walk``, whatever
-    ``config`` trained with; a command lasts 5 s and a tenth of them are zero. An episode ends for
-    good at its first fall.
+    ``config`` trained with; a command lasts 5 s and a tenth of them are zero. A policy that observes no
+    command holds the poses of the task ``stand``. An episode ends for good at its first fall.
 
     Args:
       policy: observations ``(n, obs_dim)`` to actions ``(n, num_joints)``.
@@ -195,14 +213,15 @@ def evaluate_walk(
         field goes on from another first state.
       straight: command 0.5 to 0.8 m/s straight ahead in one direction, throughout.
     """
-    task = HumanoidEnvConfig()
+    walks = "command" in config.actor_observations
+    task = TASKS["walk" if walks else "stand"]()
     steps = math.ceil(seconds / config.control_dt)
     config = dataclasses.replace(
         config,
         num_envs=episodes,
         max_episode_length=steps + 1,
         harness=0.0,
-        standing_fraction=STANDING_SHARE,
+        standing_fraction=STANDING_SHARE if walks else 1.0,
         collisions=collisions,
         randomization=randomization or RandomizationConfig(),
         terrain=terrain or TerrainConfig(),
@@ -233,7 +252,7 @@ def evaluate_walk(
         return torch.where(sums[1] > 0, sums[0] / sums[1], torch.nan)
 
     for step in range(steps):
-        command = env.command.clone()
+        command, pose = env.command.clone(), env.pose_command.clone()
         since_command = (env.episode_length % env.resampling_steps + 1) * dt
         before, until_push = env.action.clone(), env.until_push.clone()
         obs, _, terminated, _, _ = env.step(policy(obs))
@@ -247,6 +266,7 @@ def evaluate_walk(
         add("velocity_error", (velocity[:, :2] - command[:, :2]).norm(dim=-1), alive)
         add("yaw_rate_error", (env.base_ang_vel_b[:, 2] - command[:, 2]).abs(), alive)
         add("tilt", torch.rad2deg(torch.acos(env.torso_up_w[:, 2].clamp(-1, 1))), alive)
+        add("pose_error", (env.joint_pos - pose).square().mean(-1).sqrt(), alive)
         add("action_rate", (env.action - before).abs() @ env.action_scale / robot.num_joints, alive)
 
         contact = env.foot_contact.bool()
@@ -284,6 +304,8 @@ def evaluate_walk(
         flight_fraction=float(mean("flight_fraction")),
         cost_of_transport=float(mean("power") / (env.weight * mean("speed"))),
         action_rate=float(mean("action_rate")),
+        pose_error=float(mean("pose_error")),
+        walks=walks,
         crossed=float((farthest >= CROSSED).float().mean()),
     )
 

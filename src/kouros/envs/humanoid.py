@@ -224,7 +224,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.command_speed = self.commands.speed
         self.poses: PoseCommands | None = None
         self.pose_command = self.default_joint_pos
-        if config.pose_range or config.crouch[1]:
+        if config.pose_range or any(config.crouch):
             self.poses = PoseCommands(config, robot, self._generator)
             self.pose_command = self.poses.pose
         self.velocity, self.mean_velocity = zeros(3), zeros(3)
@@ -628,7 +628,7 @@ class HumanoidBaseEnv(VectorEnv):
             "actuators": self.actuators.state_dict(),
             **{name: getattr(self, name).clone() for name in _STATE},
             "levels": {name: tensor.clone() for name, tensor in self.levels.tensors().items()},
-            **({"poses": (self.poses.pose.clone(), self.poses.goal.clone())} if self.poses else {}),
+            "poses": {name: tensor.clone() for name, tensor in self._pose_tensors().items()},
             **({"curriculum": self.curriculum.state_dict()} if self.curriculum else {}),
         }
 
@@ -636,13 +636,14 @@ class HumanoidBaseEnv(VectorEnv):
         """Go on from :meth:`state_dict`, bit for bit.
 
         Raises:
-          ValueError: the state is of another number of worlds, another model, other randomization or
-            actuators, or one of both has no curriculum.
+          ValueError: the state is of another number of worlds, another model, other randomization,
+            actuators or poses, or one of both has no curriculum.
         """
         if ("curriculum" in state) != (self.curriculum is not None):
             raise ValueError("curriculum: switched on in the state or in this environment, not in both")
         require_state("randomization", state["randomization"], self.randomization.tensors())
         require_state("actuators", state["actuators"], self.actuators.tensors())
+        require_state("poses", state["poses"], self._pose_tensors())
         self.simulation.load_state_dict(state["simulation"])
         self._generator.set_state(state["generator"].cpu())
         self.randomization.load_state_dict(state["randomization"])
@@ -653,10 +654,12 @@ class HumanoidBaseEnv(VectorEnv):
             tensor.copy_(state["levels"][name])
         if self.curriculum:
             self.curriculum.load_state_dict(state["curriculum"])
-        if self.poses:
-            for tensor, saved in zip((self.poses.pose, self.poses.goal), state["poses"], strict=True):
-                tensor.copy_(saved)
+        for name, tensor in self._pose_tensors().items():
+            tensor.copy_(state["poses"][name])
         self._refresh()
+
+    def _pose_tensors(self) -> dict[str, torch.Tensor]:
+        return self.poses.tensors() if self.poses else {}
 
 
 _STATE = (

@@ -145,8 +145,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 def _revision() -> str:
-    """The Git revision of this source, "-dirty" behind it where it was changed; empty for an installed copy."""
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
+    """The Git revision of this source, "-dirty" behind it where it was changed; empty for an installed copy,
+    which may lie in somebody else's repository."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return ""
+    command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return ""

@@ -1,0 +1,389 @@
+"""The real-time loop: a policy, a robot, absolute deadlines, and a safety layer between them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from kouros.checks import require, require_numbers
+from kouros.deploy.runner import Sensors, Targets
+
+Gains = tuple[Mapping[str, float], Mapping[str, float]]
+
+# Wake so long (s) before a deadline, run the policy once for nothing, and spin: the caches are warm then, and
+# no timer is late.
+WARM_UP = 0.0004
+
+
+class Robot(Protocol):
+    """A robot's end of the loop."""
+
+    def read(self) -> dict[str, Any] | None:
+        """The newest sensors, by name, with ``time``; None if none have come since the last call."""
+
+    def write(self, mode: str, targets: Mapping[str, float], gains: Gains) -> None:
+        """Command the servos: targets (rad), stiffness (N m/rad) and damping (N m s/rad), by joint."""
+
+
+class Policy(Protocol):
+    """A :class:`~kouros.deploy.runner.PolicyRunner`, or several behind a manager."""
+
+    contract: dict[str, Any]
+    joint_names: tuple[str, ...]
+    sensors: tuple[str, ...]
+    control_dt: float
+
+    def act(self, sensors: Sensors, /) -> Targets: ...
+    def warm(self) -> None: ...
+    def reset(self) -> None: ...
+    @property
+    def gains(self) -> Gains: ...
+
+
+@dataclasses.dataclass
+class LoopConfig:
+    """The loop's figures and the safety layer's limits."""
+
+    seconds: float | None = None
+    """Time under the policy, s; until Ctrl-C if not given."""
+    rate: float = 0.0
+    """Ticks per second: the policy's own rate, or a whole multiple of it, at which sensors are checked and
+    commands sent while the policy keeps its own; 0: the policy's own."""
+    soft_start: float = 2.0
+    """Time from the measured pose to the default pose before the policy begins, s."""
+    sensor_timeout: float = 0.0
+    """Age of the newest sensors beyond which the robot is damped, s; 0: three quarters of a control
+    period of the policy."""
+    frozen_after: int = 2
+    """Number of times that a sensor may repeat all its numbers, bit for bit, before the robot is damped; 0: as
+    often as it likes, for robots whose sensors have no noise."""
+    fall_tilt: float = math.radians(60.0)
+    """Tilt beyond which the robot is damped, rad."""
+    joint_margin: float = 0.0
+    """How far a target may be beyond the joint's limit, rad."""
+    speed_factor: float = 1.5
+    """Largest speed of a target and of a joint, as a factor on the speed at which the motor has no torque left."""
+    damping_seconds: float = 1.0
+    """How long the damping mode is commanded before the loop ends, s."""
+    late: float = 0.002
+    """A command that is sent so long after its deadline has missed it, s."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        for name in ("seconds", "speed_factor", "fall_tilt", "late"):
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "must be greater than 0")
+        for name in (
+            "rate",
+            "soft_start",
+            "sensor_timeout",
+            "frozen_after",
+            "joint_margin",
+            "damping_seconds",
+        ):
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
+
+
+class Safety:
+    """What stands between a policy and a robot: judges sensors and limits targets.
+
+    Args:
+      contract: joints and their limits.
+      config: the layer's figures.
+      dt: time between ticks, s.
+
+    Attributes:
+      limited: number of ticks in which a target was limited, by joint.
+    """
+
+    def __init__(self, contract: Mapping[str, Any], config: LoopConfig, dt: float) -> None:
+        self.config = config
+        names = contract["joint_names"]
+        low, high = np.array(contract["joint_range"]).T
+        speed = config.speed_factor * np.array(contract["velocity_limit"])
+        margin = config.joint_margin
+        self._low = dict(zip(names, (low - margin).tolist(), strict=True))
+        self._high = dict(zip(names, (high + margin).tolist(), strict=True))
+        self._most = dict(zip(names, (speed * dt).tolist(), strict=True))
+        self._fastest = dict(zip(names, speed.tolist(), strict=True))
+        self._last: dict[str, Any] = {}
+        self._repeats: dict[str, int] = {}
+        self.limited = dict.fromkeys(names, 0)
+
+    def judge(self, sensors: Sensors) -> str:
+        """Why the robot must be damped; empty if nothing is wrong."""
+        try:
+            for name, value in sensors.items():
+                numbers = (
+                    (value,) if name == "time" else value.values() if hasattr(value, "values") else value
+                )
+                if not math.isfinite(sum(numbers)):
+                    return f"{name} is not finite"
+            for joint, speed in sensors["joint_vel"].items():
+                if abs(speed) > self._fastest[joint]:
+                    return f"{joint} turns at {speed:.1f} rad/s, more than {self._fastest[joint]:.1f}"
+            if -sensors["projected_gravity"][2] < math.cos(self.config.fall_tilt):
+                return "the robot has fallen"
+        except (KeyError, IndexError, TypeError) as error:
+            return f"the robot sent no proper sensors: {type(error).__name__} {error}"
+        if self._last and not sensors["time"] > self._last["time"]:
+            return f"stale sensors: time={sensors['time']!r} came after {self._last['time']!r}"
+        for name in sensors.keys() - {"time"} if self.config.frozen_after else ():
+            same = sensors[name] == self._last.get(name)
+            self._repeats[name] = self._repeats.get(name, 0) + 1 if same else 0
+            if self._repeats[name] >= self.config.frozen_after:
+                return f"{name} is frozen: the same numbers {self._repeats[name] + 1} times"
+        self._last = dict(sensors)
+        return ""
+
+    def limit(self, targets: Targets, before: Targets) -> Targets:
+        """Targets within the joints' limits, and no faster than they may be from those before."""
+        limited = {}
+        for joint, target in targets.items():
+            most, last = self._most[joint], before[joint]
+            least = min(max(target, self._low[joint], last - most), self._high[joint], last + most)
+            self.limited[joint] += least != target
+            limited[joint] = least
+        return limited
+
+
+@dataclasses.dataclass
+class LoopReport:
+    """How a loop went. Arrays have an entry for each tick under the policy, in s."""
+
+    reason: str = ""
+    """Why it ended."""
+    fault: bool = False
+    """Whether something was wrong."""
+    period: float = 0.0
+    """Time between ticks, s."""
+    missed: int = 0
+    """Commands sent more than ``late`` after their deadline, and ticks left out."""
+    realtime: bool = False
+    """Whether the operating system granted real-time priority."""
+    wake: list[float] = dataclasses.field(default_factory=list)
+    """From the deadline to the loop's being awake: jitter."""
+    act: list[float] = dataclasses.field(default_factory=list)
+    """Duration of the policy's steps."""
+    sent: list[float] = dataclasses.field(default_factory=list)
+    """From the deadline to the command's being sent: latency."""
+    silent: int = 0
+    """Ticks for which no new sensors had come: the last targets were sent again."""
+    limited: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Ticks in which a target was limited, by joint."""
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Rows of (what, median, 99th percentile, largest), in us."""
+        rows = []
+        for what, values in (
+            ("awake after the deadline (jitter)", self.wake),
+            ("the policy's step", self.act),
+            ("command sent after the deadline (latency)", self.sent),
+        ):
+            us = 1e6 * np.array(values or [math.nan])
+            rows.append((what, *(f"{x:.0f}" for x in (np.median(us), np.percentile(us, 99), us.max()))))
+        return rows
+
+
+def run_loop(
+    policy: Policy,
+    robot: Robot,
+    config: LoopConfig | None = None,
+    operator: Callable[[float], Mapping[str, Any]] = lambda seconds: {},
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> LoopReport:
+    """Move a robot by a policy at a fixed rate, until the time is up, the operator says stop, or a fault.
+
+    Deadlines are absolute: tick k is due at ``start + k * period``. In each, the newest sensors are read and
+    judged, the policy acts (in every n-th, where the loop is n times as fast), its targets are limited and
+    sent. First come a soft start from the measured pose to the default pose, last the damping mode, in which
+    the servos only brake; into that any fault leads within a tick, and so does an exception.
+
+    Args:
+      policy: the policy, or several behind a manager.
+      robot: the robot's end.
+      config: figures and limits.
+      operator: from the time under the policy, s, to what an operator commands: ``command``, ``pose_command``.
+      stop: asked in every tick; true ends the loop.
+      tell: given a line of text when a phase begins.
+
+    Raises:
+      ValueError: the rate is no whole multiple of the policy's.
+      TimeoutError: no sensors come at all.
+    """
+    config = config or LoopConfig()
+    share = config.rate * policy.control_dt if config.rate else 1.0
+    every = round(share)
+    if every < 1 or abs(share - every) > 1e-6:
+        own = 1.0 / policy.control_dt
+        raise ValueError(f"rate={config.rate:g}: must be a whole multiple of the policy's own, {own:g} Hz")
+    loop = _Loop(policy, robot, config, every)
+    _wait_for_sensors(robot, loop)
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection takes longer than a tick has to spare
+    try:
+        with realtime_priority() as loop.report.realtime:
+            tell("soft start: from the measured pose to the default pose")
+            loop.soft_start(stop)
+            if not loop.report.reason:
+                tell("policy")
+                loop.under_policy(operator, stop)
+            tell(f"damping: {loop.report.reason}")
+            loop.damp(config.damping_seconds)
+    except BaseException:
+        loop.command_damping()
+        raise
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+    loop.report.limited = {joint: n for joint, n in loop.safety.limited.items() if n}
+    return loop.report
+
+
+class _Loop:
+    """What the phases of a loop share: the clock, the last sensors, the last targets."""
+
+    def __init__(self, policy: Policy, robot: Robot, config: LoopConfig, every: int) -> None:
+        self.policy, self.robot, self.config, self.every = policy, robot, config, every
+        self.period = policy.control_dt / every
+        self.timeout = config.sensor_timeout or 0.75 * policy.control_dt
+        self.safety = Safety(policy.contract, config, self.period)
+        self.report = LoopReport(period=self.period)
+        self.sensors: dict[str, Any] = {}
+        self.targets: Targets = {}
+        self.received = 0.0
+
+    def _end(self, reason: str, fault: bool = True) -> None:
+        self.report.reason, self.report.fault = reason, fault
+
+    def wait(self, deadline: float) -> float:
+        """Sleep, warm the caches, spin; returns the time of waking, at or after the deadline."""
+        left = deadline - WARM_UP - time.perf_counter()
+        if left > 0.0:
+            time.sleep(left)
+            self.policy.warm()
+        while (now := time.perf_counter()) < deadline:
+            pass
+        return now
+
+    def listen(self, now: float) -> bool:
+        """Take in new sensors if there are any, and judge them; whether there are."""
+        try:
+            new = self.robot.read()
+        except OSError as error:
+            self._end(str(error))
+            return False
+        if new is None:
+            if now - self.received > self.timeout:
+                silence = 1e3 * (now - self.received)
+                self._end(f"no sensors for {silence:.0f} ms: the robot's end is silent or gone")
+            return False
+        self.sensors, self.received = new, now
+        if wrong := self.safety.judge(new):
+            self._end(wrong)
+        return True
+
+    def _ticks(self, seconds: float, stop: Callable[[], bool]) -> Iterator[tuple[int, float, float, bool]]:
+        """Number, deadline, time of waking and news of each tick, until time is up or something ends it."""
+        start, tick = time.perf_counter() + self.period, 0
+        while tick * self.period < seconds - 1e-9:
+            deadline = start + tick * self.period
+            now = self.wait(deadline)
+            if stop():
+                self._end("stopped by the operator", fault=False)
+            news = not self.report.reason and self.listen(now)
+            if self.report.reason:
+                return
+            yield tick, deadline, now, news
+            late = max(0, math.floor((time.perf_counter() - deadline) / self.period))
+            self.report.missed += late  # left out: an old deadline helps nobody
+            tick += 1 + late
+
+    def soft_start(self, stop: Callable[[], bool]) -> None:
+        contract = self.policy.contract
+        default = dict(zip(contract["joint_names"], contract["default_joint_pos"], strict=True))
+        begin = {joint: float(self.sensors["joint_pos"][joint]) for joint in self.policy.joint_names}
+        self.targets = begin
+        seconds = self.config.soft_start
+        for tick, *_ in self._ticks(seconds, stop):
+            share = min(1.0, tick * self.period / seconds)
+            self.targets = {joint: begin[joint] + share * (default[joint] - begin[joint]) for joint in begin}
+            self.robot.write("soft start", self.targets, self.policy.gains)
+
+    def under_policy(self, operator: Callable[[float], Mapping[str, Any]], stop: Callable[[], bool]) -> None:
+        report, policy, since = self.report, self.policy, self.every
+        policy.reset()
+        goal = self.targets
+        for tick, deadline, now, news in self._ticks(self.config.seconds or math.inf, stop):
+            since += 1
+            report.silent += not news
+            if news and since >= self.every:
+                since = 0
+                given = {**self.sensors, **operator(tick * self.period)}
+                known = {name: given[name] for name in ("time", *policy.sensors) if name in given}
+                begin = time.perf_counter()
+                try:
+                    goal = policy.act(known)
+                except (ValueError, RuntimeError) as error:
+                    self._end(str(error))
+                    return
+                report.act.append(time.perf_counter() - begin)
+            self.targets = self.safety.limit(goal, self.targets)
+            self.robot.write("policy", self.targets, policy.gains)
+            sent = time.perf_counter() - deadline
+            report.wake.append(now - deadline)
+            report.sent.append(sent)
+            report.missed += self.config.late < sent < self.period
+        if not report.reason:
+            self._end("the time is up", fault=False)
+
+    def command_damping(self) -> None:
+        """The servos brake, and hold nothing."""
+        _, damping = self.policy.gains
+        self.robot.write("damping", self.targets, (dict.fromkeys(self.policy.joint_names, 0.0), damping))
+
+    def damp(self, seconds: float) -> None:
+        for _ in range(max(1, round(seconds / self.period))):
+            self.command_damping()
+            time.sleep(self.period)
+
+
+def _wait_for_sensors(robot: Robot, loop: _Loop, seconds: float = 3.0) -> None:
+    end = time.perf_counter() + seconds
+    while not loop.listen(time.perf_counter()):
+        loop.received = time.perf_counter()
+        if loop.report.reason or time.perf_counter() > end:
+            raise TimeoutError(
+                loop.report.reason or f"no sensors within {seconds:g} s: is the robot switched on?"
+            )
+        time.sleep(0.001)
+    joints, named = loop.policy.joint_names, loop.sensors.get("joint_pos")
+    if not isinstance(named, Mapping) or set(named) != set(joints):
+        raise ValueError("joint_pos: the robot's joints are not the policy's")
+
+
+@contextlib.contextmanager
+def realtime_priority() -> Iterator[bool]:
+    """Ahead of all that is not real-time, where the operating system permits it."""
+    try:
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    except (AttributeError, OSError):  # no Linux, or no permission
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.sched_setscheduler(0, *before)
