@@ -25,6 +25,8 @@ PARITY = 1e-4
 # Beyond this (SI units) a number is no measurement, and its square no float32.
 LARGEST = 1e18
 
+FLOAT = np.dtype(np.float32)
+
 Sensors = Mapping[str, Any]
 Targets = dict[str, float]
 Gains = tuple[dict[str, float], dict[str, float]]
@@ -216,11 +218,12 @@ class PolicyRunner:
                 f"{self._path}: takes named sensors: use act(), or step() of the plain form beside it"
             )
         buffer = inputs["observation"][0]
-        with np.errstate(over="ignore"):  # what float32 has no room for is not finite
-            obs = np.asarray(obs, np.float32)
+        if not isinstance(obs, np.ndarray) or obs.dtype != FLOAT:
+            with np.errstate(over="ignore"):  # what float32 has no room for is not finite
+                obs = np.asarray(obs, FLOAT)
         if obs.shape[-1:] != buffer.shape or obs.ndim not in (1, 2):
             raise ValueError(f"obs of shape {obs.shape}: expected ({len(buffer)},) or (n, {len(buffer)})")
-        if not np.isfinite(obs).all():
+        if not (isfinite(sum(obs.tolist())) if obs.ndim == 1 else np.isfinite(obs).all()):
             raise ValueError("obs: not finite")
         if obs.ndim == 2:
             return self._backend.many({"observation": obs})["action_mean"]
