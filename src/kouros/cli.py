@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -15,6 +17,7 @@ import tyro
 
 from kouros import __version__
 from kouros.checks import require
+from kouros.deploy.loop import LoopConfig
 from kouros.devices import pick_device
 from kouros.envs.config import HumanoidEnvConfig, Preset, RandomizationConfig, TerrainConfig
 from kouros.learning.config import PPOConfig, TrainConfig, train_defaults
@@ -90,6 +93,74 @@ class Export:
     """Run folder, .pt file, or the name of a shipped policy."""
     output: Path | None = None
     """ONNX file; policy.onnx beside the policy if not given (in this folder for a shipped one)."""
+
+
+@dataclasses.dataclass
+class Inspect:
+    """Say what a policy file says of itself: robot, joints, gains, sensors, clocks, training."""
+
+    policy: tyro.conf.Positional[Path]
+    """ONNX file."""
+    json: bool = False
+    """The whole contract, as JSON."""
+
+
+@dataclasses.dataclass
+class Verify:
+    """Try a policy file in a world that it was not trained in, beside the one it was; writes a page."""
+
+    policy: tyro.conf.Positional[Path]
+    """ONNX file; its plain form must lie beside it."""
+    episodes: int = 100
+    """Episodes in the training environment, and in the world that differs in everything."""
+    each: int = 20
+    """Episodes in each of the worlds that differ in one thing."""
+    seconds: float = 20.0
+    """Length of an episode, s."""
+    seed: int = 0
+    """Seed of first states, commands, pushes and noise."""
+    push: float | None = None
+    """Speed that a push adds to the base every 4 s, m/s.
+    If not given: 0.5 for a policy that holds poses, none for another."""
+    workers: int | None = None
+    """Processes; as many as there are cores if not given."""
+    output: Path | None = None
+    """Markdown file, its figure beside it; verify.md beside the policy if not given."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "each", "seconds"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "must be greater than 0, and finite")
+
+
+@dataclasses.dataclass
+class Run:
+    """Move a robot by a policy file, in real time: a simulated one, or one over UDP (docs/deploy.md).
+    Ctrl-C, or Enter, brakes it."""
+
+    policy: tyro.conf.Positional[Path]
+    """ONNX file."""
+    robot: Literal["sim", "udp"] = "sim"
+    """sim: a simulated robot in a process of its own, reached as a real one is. udp: one that is there."""
+    address: str = "127.0.0.1:47470"
+    """Host and port of the robot's end, for udp."""
+    command: tuple[float, float, float] = (0.5, 0.0, 0.0)
+    """vx, vy (m/s) and yaw rate (rad/s) of a policy that walks; one that holds a pose holds the default."""
+    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = dataclasses.field(default_factory=LoopConfig)
+    push: float = 0.0
+    """Of the simulated robot: speed that a push from a random side adds to the base every 5 s, m/s."""
+    fault: Literal["none", "silent", "frozen", "nan", "garbage", "killed"] = "none"
+    """Of the simulated robot: what its sensors do wrong, to see it braked."""
+    fault_after: float = 5.0
+    """Time of the fault, s after the policy's first command."""
+    seed: int = 0
+    """Of the simulated robot: seed of its noise, pushes and order of joints."""
+    output: Path | None = None
+    """JSON file for the report."""
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        require(self, "address", bool(host) and port.isdigit() and int(port) < 65536, "must be HOST:PORT")
+        require(self, "command", all(map(math.isfinite, self.command)), "must be finite")
 
 
 @dataclasses.dataclass
@@ -247,6 +318,142 @@ def export(config: Export) -> None:
     print(f"saved {output} (replays 1,000 steps within {difference:.1g})")
 
 
+def inspect(config: Inspect) -> None:
+    from kouros.deploy.policy_file import read_policy_file
+
+    _, contract = read_policy_file(config.policy)
+    if config.json:
+        print(json.dumps(contract, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console()
+    training, joints = contract.get("training", {}), contract["joint_names"]
+    console.print(
+        f"[bold]{config.policy}[/bold]: contract version {contract['contract_version']}, "
+        f"digest {contract['digest'][:12]}"
+    )
+    facts = {
+        "robot": f"{contract['robot']}, {len(joints)} joints, {contract['control_mode']} control",
+        "control period": f"{contract['control_dt']:g} s",
+        "action": f"about {contract['action_about']}, within +-{contract['action_limit']:g}",
+        "wrappers": ", ".join(contract["wrappers"]) or "none",
+        "observation": ", ".join(f"{term['name']} ({term['size']})" for term in contract["observations"]),
+        "training": ", ".join(f"{name} {value}" for name, value in training.items() if value) or "not said",
+    }
+    for name, text in facts.items():
+        console.print(f"  {name}: {text}", highlight=False)
+    table = Table("input", "size", "unit")
+    for name, sensor in contract["sensors"].items():
+        table.add_row(name, str(sensor["size"]), sensor["unit"])
+    table.add_row("state", str(contract["state"]["size"]), contract["state"]["unit"])
+    console.print(table)
+    table = Table(Column("joint", no_wrap=True), box=None, padding=(0, 0, 0, 1))
+    for title in ("default\nrad", "range\nrad", "kp\nNm/rad", "kd\nNms/rad", "most\nNm", "scale\nrad"):
+        table.add_column(title, justify="right", no_wrap=True)
+    columns = ("default_joint_pos", "joint_range", "stiffness", "damping", "effort_limit", "action_scale")
+    for joint, *figures in zip(joints, *(contract[name] for name in columns), strict=True):
+        pos, (low, high), *rest = figures
+        table.add_row(joint, f"{pos:.3f}", f"{low:.2f}..{high:.2f}", *(f"{x:.3g}" for x in rest))
+    console.print(table)
+
+
+def verify(config: Verify) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from kouros.verify import SURVIVES, verify, write_report
+
+    output = config.output or config.policy.parent / "verify.md"
+    with Progress(transient=True) as progress:
+        task = progress.add_task("episodes")
+        difference, trials = verify(
+            config.policy,
+            config.episodes,
+            config.each,
+            config.seconds,
+            config.seed,
+            config.push,
+            config.workers,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    write_report(output, str(config.policy), difference, trials, config.seconds)
+    posed = not math.isnan(trials[-1].pose_error)
+    error = "pose error (rad)" if posed else "velocity error (m/s)"
+    table = Table("world", "without a fall", error, "", title=str(config.policy))
+    for trial in trials:
+        mark = "[green]ok[/green]" if trial.survival >= SURVIVES else "[red]broken[/red]"
+        value = trial.pose_error if posed else trial.velocity_error
+        table.add_row(trial.name, f"{100 * trial.survival:.0f} % of {trial.episodes}", f"{value:.3f}", mark)
+    console = Console()
+    console.print(table)
+    console.print(f"first targets on the same states equal within {difference:.1g} rad; saved in {output}")
+
+
+def run(config: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kouros.deploy.loop import operator_stop, run_loop
+    from kouros.deploy.runner import PolicyRunner
+    from kouros.deploy.udp import UdpRobot
+    from kouros.files import write_json
+
+    console = Console()
+    policy = PolicyRunner(config.policy)
+    pose = dict(zip(policy.joint_names, policy.contract["default_joint_pos"], strict=True))
+    given = {"command": list(config.command), "pose_command": pose}
+    host, _, port = config.address.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        address = (host, int(port))
+        if config.robot == "sim":
+            address = stack.enter_context(_simulated_robot(config, policy.contract["robot"]))
+        robot = stack.enter_context(contextlib.closing(UdpRobot(address, policy.contract)))
+        stop = stack.enter_context(operator_stop())
+        report = run_loop(policy, robot, config.loop, lambda seconds: given, stop, console.print)
+    if not report.realtime:
+        console.print("no real-time priority: run as root, or grant rtprio in /etc/security/limits.conf")
+    table = Table(
+        "us", "median", "p99", "largest", title=f"{len(report.sent)} ticks of {1e3 * report.period:g} ms"
+    )
+    for row in report.table():
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"missed deadlines: {report.missed} (later than {1e3 * config.loop.late:g} ms); ticks without new "
+        f"sensors: {report.silent}; datagrams that were no messages: {robot.garbage}"
+    )
+    if report.limited:
+        most = sorted(report.limited.items(), key=lambda item: -item[1])[:6]
+        console.print("ticks with a limited target: " + ", ".join(f"{joint} {n}" for joint, n in most))
+    if config.output:
+        write_json(config.output, dataclasses.asdict(report))
+    if report.fault:
+        raise RuntimeError(f"the robot was braked: {report.reason}")
+
+
+@contextlib.contextmanager
+def _simulated_robot(config: Run, robot: str) -> Iterator[tuple[str, int]]:
+    """The address of a simulated robot, in a process that ends with the loop."""
+    import subprocess
+
+    command = [sys.executable, "-m", "kouros.deploy.simulator", "--robot", robot]
+    for name in ("seed", "push", "fault", "fault_after"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    # Ctrl-C is the loop's: the robot must still be there to be braked.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError("robot='sim': the simulated robot did not start; it needs MuJoCo")
+            yield "127.0.0.1", int(line)
+        finally:
+            process.kill()
+
+
 def bench(config: Bench) -> None:
     from kouros.files import write_json
     from kouros.learning.bench import Bench as Layers
@@ -281,6 +488,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (Eval, evaluate),
     "play": (Play, play),
     "export": (Export, export),
+    "inspect": (Inspect, inspect),
+    "verify": (Verify, verify),
+    "run": (Run, run),
     "bench": (Bench, bench),
     "doctor": (Doctor, doctor),
 }
@@ -317,7 +527,7 @@ def main(args: list[str] | None = None) -> int:
         return 0
     try:
         config: Any = tyro.cli(_commands(args), prog="kouros", args=args)
-        command = next(run for kind, run in COMMANDS.values() if isinstance(config, kind))
+        command = next(function for kind, function in COMMANDS.values() if isinstance(config, kind))
         command(config)
     except BrokenPipeError:  # kouros train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

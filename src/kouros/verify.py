@@ -1,6 +1,6 @@
 """Sim to sim: a policy file in a world that it was not trained in, beside the one it was.
 
-The world is :mod:`kouros.deploy.simulator`: a plain ``mj_step`` loop that shares no code with ``kouros.envs``.
+The world is :mod:`kouros.deploy.simulator`: a plain ``mj_step`` loop without any code of ``kouros.envs``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ COMMAND_TIME = 5.0
 STANDING_SHARE = 0.1
 
 WHAT = {
-    "timestep": "physics and servos at {:g} s",
-    "collisions": "collisions: {}",
-    "elliptic": "elliptic friction cones",
-    "friction": "ground friction of {:g}",
+    "timestep": "steps of {:g} s",
+    "collisions": "{} collisions",
+    "elliptic": "elliptic cones",
+    "friction": "friction {:g}",
     "sensor_delay": "sensors {:g} s old",
     "action_delay": "commands {:g} s late",
-    "noise": "sensor noise, {:g} of the preset's",
-    "shuffled": "joints in another order",
+    "noise": "noise, {:g} of sim2real",
+    "shuffled": "shuffled joints",
 }
 
 
@@ -79,8 +79,8 @@ def verify(
 ) -> tuple[float, list[Trial]]:
     """Try a policy file in the training environment, and in worlds that differ from it.
 
-    Commands last 5 s and are drawn from what the policy was trained to follow; a tenth of them is zero. Targets
-    go through the safety layer of the real-time loop.
+    Commands last 5 s and are drawn from what the policy was trained to follow; a tenth of them is zero.
+    Targets go through the safety layer of the real-time loop.
 
     Args:
       path: of the policy file; its plain form must lie beside it.
@@ -88,8 +88,8 @@ def verify(
       each: in the worlds that differ in one thing.
       seconds: length of an episode.
       seed: of first states, commands, pushes and noise.
-      push: speed that a push from a random side adds to the base every 4 s, m/s; if None, 0.5 for a policy that
-        holds a pose, and none for another.
+      push: speed that a push from a random side adds to the base every 4 s, m/s; if None, 0.5 for a policy
+        that holds a pose, and none for another.
       workers: processes; as many as there are cores if None.
       progress: called with (episodes done, episodes in all).
 
@@ -130,8 +130,8 @@ def verify(
 
 
 def compare_first_targets(path: Path, states: int = 32) -> float:
-    """The largest difference of joint targets, rad, on the same states: the training environment's observation
-    through the network alone, and the simulated robot's sensors through the policy file."""
+    """The largest difference of joint targets, rad, on the same states: the training environment's
+    observation through the network alone, and the simulated robot's sensors through the policy file."""
     import torch
 
     from kouros.envs.contract import policy_sensors
@@ -141,8 +141,9 @@ def compare_first_targets(path: Path, states: int = 32) -> float:
     config = dataclasses.replace(_environment(runner.contract), num_envs=states)
     env = make_policy_env(config, runner.contract.get("statistics"))
     env.reset(seed=0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(20):  # somewhere, in motion
-        env.step(0.3 * torch.randn(env.action_space.shape, generator=torch.Generator().manual_seed(0)))
+        env.step(0.3 * torch.randn(states, len(runner.joint_names), generator=generator))
     env.reset(options={"reset_mask": torch.arange(states) % 2 == 0})
     # A policy file begins without a last action, at the beginning of its gait.
     for memory in (env.phase, env.coast, env.action):
@@ -165,8 +166,8 @@ def compare_first_targets(path: Path, states: int = 32) -> float:
         worst = max(worst, float(np.abs(ours - theirs[i]).max()))
     if not worst <= PARITY:
         raise RuntimeError(
-            f"{path}: on the same states its targets differ by {worst:.2g} rad from the training environment's "
-            f"(at most {PARITY:g} is allowed): sensors, joint order or scales are not those of the training"
+            f"{path}: on the same states its targets differ by {worst:.2g} rad from the training "
+            f"environment's (at most {PARITY:g} is allowed): sensors, joint order or scales are other ones"
         )
     return worst
 
@@ -294,8 +295,8 @@ def write_report(path: Path, policy: str, difference: float, trials: list[Trial]
         low, high = wilson_interval(t.episodes - t.falls, t.episodes)
         mark = "" if t.survival >= SURVIVES else " **broken**"
         row = (
-            f"| {t.name} | {t.episodes} | {100 * t.survival:.0f} %{mark} | {100 * low:.0f} to {100 * high:.0f} % "
-            f"| {t.velocity_error:.3f} |"
+            f"| {t.name} | {t.episodes} | {100 * t.survival:.0f} %{mark} "
+            f"| {100 * low:.0f} to {100 * high:.0f} % | {t.velocity_error:.3f} |"
         )
         lines.append(row + (f" {t.pose_error:.3f} |" if posed else ""))
     with replacing(path) as temporary:

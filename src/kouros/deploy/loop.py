@@ -7,6 +7,9 @@ import dataclasses
 import gc
 import math
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -62,15 +65,15 @@ class LoopConfig:
     sensor_timeout: float = 0.0
     """Age of the newest sensors beyond which the robot is damped, s; 0: three quarters of a control
     period of the policy."""
-    frozen_after: int = 2
-    """Number of times that a sensor may repeat all its numbers, bit for bit, before the robot is damped; 0: as
-    often as it likes, for robots whose sensors have no noise."""
+    frozen_after: int = 1
+    """The robot is damped when a sensor repeats all its numbers, bit for bit, this many times; 0: never, for
+    robots whose sensors have no noise."""
     fall_tilt: float = math.radians(60.0)
     """Tilt beyond which the robot is damped, rad."""
     joint_margin: float = 0.0
     """How far a target may be beyond the joint's limit, rad."""
     speed_factor: float = 1.5
-    """Largest speed of a target and of a joint, as a factor on the speed at which the motor has no torque left."""
+    """Largest speed of a target and of a joint, as a factor on that at which the motor has no torque left."""
     damping_seconds: float = 1.0
     """How long the damping mode is commanded before the loop ends, s."""
     late: float = 0.002
@@ -180,9 +183,9 @@ class LoopReport:
     limited: dict[str, int] = dataclasses.field(default_factory=dict)
     """Ticks in which a target was limited, by joint."""
 
-    def table(self) -> list[tuple[str, str, str, str]]:
+    def table(self) -> list[tuple[str, ...]]:
         """Rows of (what, median, 99th percentile, largest), in us."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for what, values in (
             ("awake after the deadline (jitter)", self.wake),
             ("the policy's step", self.act),
@@ -212,7 +215,8 @@ def run_loop(
       policy: the policy, or several behind a manager.
       robot: the robot's end.
       config: figures and limits.
-      operator: from the time under the policy, s, to what an operator commands: ``command``, ``pose_command``.
+      operator: from the time under the policy, s, to what an operator commands: ``command``,
+        ``pose_command``.
       stop: asked in every tick; true ends the loop.
       tell: given a line of text when a phase begins.
 
@@ -387,3 +391,28 @@ def realtime_priority() -> Iterator[bool]:
         yield True
     finally:
         os.sched_setscheduler(0, *before)
+
+
+@contextlib.contextmanager
+def operator_stop() -> Iterator[Callable[[], bool]]:
+    """Whether the operator has said stop: Ctrl-C, SIGTERM, or Enter in a terminal. A second Ctrl-C is an
+    exception, as always; :func:`run_loop` brakes before it goes on."""
+    stopped = threading.Event()
+
+    def handler(number: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    def wait_for_enter() -> None:
+        if sys.stdin.readline():
+            stopped.set()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    if sys.stdin is not None and sys.stdin.isatty():
+        threading.Thread(target=wait_for_enter, daemon=True).start()
+    try:
+        yield stopped.is_set
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -24,6 +24,9 @@ from kouros.deploy.udp import RobotServer
 from kouros.robots import get_robot
 from kouros.robots.robot import Collisions
 
+# Standard deviations of the sensors' noise, SI units, as in the preset sim2real.
+NOISE = {"base_ang_vel": 0.1, "projected_gravity": 0.03, "joint_pos": 0.006, "joint_vel": 0.5}
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -46,8 +49,6 @@ class World:
     shuffled: bool = True
     """Joints in another order on the wire."""
 
-    NOISE = {"base_ang_vel": 0.1, "projected_gravity": 0.03, "joint_pos": 0.006, "joint_vel": 0.5}  # noqa: RUF012
-
     def __post_init__(self) -> None:
         require_numbers(self)
         require(self, "timestep", 0 < self.timestep <= 0.01, "must lie in (0, 0.01] s")
@@ -62,8 +63,8 @@ AS_TRAINED = World(0.005, "feet", False, 1.0, 0.0, 0.0, 0.0, False)
 class SimulatedRobot:
     """One robot on flat ground, moved by what is written to it and nothing else.
 
-    A servo's torque is ``kp (target - q) - kd dq``, within the motor's limit, at every physics step. The robot
-    hangs on a gantry until :meth:`release`, as a real one does.
+    A servo's torque is ``kp (target - q) - kd dq``, within the motor's limit, at every physics step. The
+    robot hangs on a gantry until :meth:`release`, as a real one does.
 
     Args:
       robot: its name.
@@ -148,7 +149,7 @@ class SimulatedRobot:
             "joint_vel": velocity,
         }
         for name, value in values.items() if self.world.noise else ():
-            std = self.world.noise * self.world.NOISE[name]
+            std = self.world.noise * NOISE[name]
             values[name] = value + std * self._random.standard_normal(len(value))
         sensors: dict[str, Any] = {"time": time}
         for name, value in values.items():

@@ -154,7 +154,7 @@ class RobotServer:
         self._timeout = self._heard = 0.0
 
     def poll(self) -> dict[str, Any] | None:
-        """The newest command of the controller: ``mode``, ``targets``, ``stiffness`` and ``damping`` by joint.
+        """The controller's newest command: ``mode``, ``targets``, ``stiffness`` and ``damping`` by joint.
 
         ``mode`` is ``damping``, without targets, when the controller has said goodbye, or nothing for two of
         its periods. None if nothing has changed.
