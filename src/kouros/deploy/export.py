@@ -88,6 +88,8 @@ class PolicyGraph(nn.Module):
         cycles = contract["control_dt"] / contract["gait_period"]
         self.advance = nn.Buffer(torch.tensor([cycles, -cycles]))
         self.ordered = nn.Buffer(torch.tensor([math.inf, contract["standing_command"]]))
+        self.moving = nn.Buffer(torch.tensor([[0.0] * 2, [1e30] * 2]))
+        self.same, self.zero = nn.Buffer(torch.eye(2)), nn.Buffer(torch.zeros(2))
         limit = torch.full((joints,), contract["action_limit"])
         self.clipped = isinstance(getattr(actor, "low", None), torch.Tensor) and not actor.squash
         self.clipped = self.clipped and torch.equal(actor.low, -limit) and torch.equal(actor.high, limit)
@@ -140,7 +142,8 @@ class PolicyGraph(nn.Module):
         Args:
           inputs: the sensors by name and ``state``, ``(n, size)`` each.
         """
-        # Of two ways to say it, the one with fewer nodes: each costs a robot's computer a microsecond.
+        # Of two ways to say it, the faster in onnxruntime: a node costs a microsecond, a slice or where()
+        # two, and tanh() or relu() right after addmm() nothing.
         contract, given = self.contract, inputs
         joints = len(contract["joint_names"])
         rest = self.sizes["state"] - joints - 2 * self.gait
@@ -149,11 +152,11 @@ class PolicyGraph(nn.Module):
         terms = {**given, "last_action": last_action}
         if self.gait:  # (phase, coast): the phase is never ordered
             ordered = given["command"].norm(dim=-1, keepdim=True) > self.ordered
-            now = torch.where(ordered, 1.0, clock[0])
-            wave = torch.sin(torch.addmm(self.quarter, now, self.turn))
-            terms["gait_phase"] = wave * torch.ceil(now[:, 1:])
+            now = torch.maximum(clock[0], ordered.float())
+            moving = torch.tanh(torch.addmm(self.zero, now, self.moving))  # 0, or of what is large 1
+            terms["gait_phase"] = torch.sin(torch.addmm(self.quarter, now, self.turn)) * moving
             # One cycle is one turn of the phase, and all of the coast.
-            clock = [torch.relu(torch.fmod(now + self.advance, 1.0))]
+            clock = [torch.fmod(torch.relu(torch.addmm(self.advance, now, self.same)), 1.0)]
         obs = torch.cat([terms[term["name"]] for term in contract["observations"]], dim=-1) - self.nominal
         obs, memory = self._wrapped(obs, given.get("joint_pos", obs), memory)
         limit = contract["action_limit"]

@@ -25,6 +25,8 @@ PARITY = 1e-4
 # Beyond this (SI units) a number is no measurement, and its square no float32.
 LARGEST = 1e18
 
+FLOAT = np.dtype(np.float32)
+
 Sensors = Mapping[str, Any]
 Targets = dict[str, float]
 Gains = tuple[dict[str, float], dict[str, float]]
@@ -104,11 +106,18 @@ class PolicyRunner:
         self._joints = tuple(name for name in self.sensors if name in JOINT_SENSORS)
         self._in_order = joints_getter(self.joint_names)
         if self.sensors:
-            # The sensors are the first part of one array: all are written at once, and checked at once.
-            self._flat = inputs[self.sensors[0]].base[: sum(self._sizes.values())]
-            self._write = struct.Struct(f"{len(self._flat)}f").pack_into
-            self._state, self._next_state = inputs["state"], outputs["next_state"]
-            self._targets = outputs["joint_targets"]
+            # The sensors are the first part of one array: all are written at once. As memory, not through
+            # NumPy, whose calls cost more than so few numbers do.
+            self._flat = memoryview(inputs[self.sensors[0]].base)
+            self._write = struct.Struct(f"{sum(self._sizes.values())}f").pack_into
+            self._state, self._next_state = (
+                memoryview(array).cast("B") for array in (inputs["state"], outputs["next_state"])
+            )
+            self._targets = memoryview(outputs["joint_targets"][0])
+            zeros = dict.fromkeys(self.joint_names, 0.0)
+            self._nothing: dict[str, Any] = {
+                name: zeros if name in self._joints else (0.0,) * 3 for name in self.sensors
+            }
         self._verify()
         self.reset()
 
@@ -116,7 +125,7 @@ class PolicyRunner:
         """Begin anew: no last action, no history, the gait clock at zero."""
         self._time = -math.inf
         if self.sensors:
-            self._state[:] = 0.0
+            self._state[:] = bytes(len(self._state))
 
     def act(self, sensors: Sensors) -> Targets:
         """One control step.
@@ -136,7 +145,7 @@ class PolicyRunner:
         """
         self.read(sensors)
         self._backend()
-        targets = self._targets[0].tolist()
+        targets = self._targets.tolist()
         if not math.hypot(*targets) < LARGEST:
             raise RuntimeError(f"{self._path}: gave a joint target that is not finite")
         self._state[:] = self._next_state
@@ -144,7 +153,7 @@ class PolicyRunner:
 
     def peek(self, sensors: Sensors) -> Targets:
         """What :meth:`act` would return, without moving on."""
-        time, state = self._time, self._state.copy()
+        time, state = self._time, bytes(self._state)
         try:
             return self.act(sensors)
         finally:
@@ -152,8 +161,11 @@ class PolicyRunner:
             self._state[:] = state
 
     def warm(self) -> None:
-        """Run the policy once for nothing, so that its next step finds it in the processor's caches."""
-        self._backend()
+        """Take a step for nothing, so that the next one finds all of it in the processor's caches."""
+        if self.sensors:
+            self.peek({"time": math.nextafter(self._time, math.inf), **self._nothing})
+        else:
+            self._backend()
 
     def read(self, sensors: Sensors) -> None:
         """Take in sensors, or raise :class:`SensorError`."""
@@ -206,11 +218,12 @@ class PolicyRunner:
                 f"{self._path}: takes named sensors: use act(), or step() of the plain form beside it"
             )
         buffer = inputs["observation"][0]
-        with np.errstate(over="ignore"):  # what float32 has no room for is not finite
-            obs = np.asarray(obs, np.float32)
+        if not isinstance(obs, np.ndarray) or obs.dtype != FLOAT:
+            with np.errstate(over="ignore"):  # what float32 has no room for is not finite
+                obs = np.asarray(obs, FLOAT)
         if obs.shape[-1:] != buffer.shape or obs.ndim not in (1, 2):
             raise ValueError(f"obs of shape {obs.shape}: expected ({len(buffer)},) or (n, {len(buffer)})")
-        if not np.isfinite(obs).all():
+        if not (isfinite(sum(obs.tolist())) if obs.ndim == 1 else np.isfinite(obs).all()):
             raise ValueError("obs: not finite")
         if obs.ndim == 2:
             return self._backend.many({"observation": obs})["action_mean"]
