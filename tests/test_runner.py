@@ -15,54 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_env
-from kouros.deploy.export import OnnxExporter, plain_path
+from conftest import HELD, Policy, make_env
+from kouros.deploy.export import plain_path
 from kouros.deploy.runner import PolicyRunner, SensorError
-from kouros.envs.config import CALM, HumanoidEnvConfig, stand
-from kouros.envs.contract import policy_contract, policy_sensors, record_policy
+from kouros.envs.config import CALM, HumanoidEnvConfig
+from kouros.envs.contract import policy_sensors
 from kouros.envs.wrappers import Env
 from kouros.envs.wrappers import make_env as make_wrapped
 from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig, TrainConfig
-from kouros.learning.networks import ActorNetwork
 from kouros.learning.run import SHIPPED, load_critic, load_policy, train
-
-# The robot is held up, so that any policy has many steps; commands and poses change often.
-HELD: dict[str, Any] = {
-    "num_envs": 1,
-    "harness": 1.0,
-    "harness_fall_time": 1e9,
-    "resampling_interval": 0.2,
-    "max_episode_length": 10**6,
-}
-Policy = tuple[Callable[[torch.Tensor], torch.Tensor], HumanoidEnvConfig, Path]
-
-
-def exported_policy(config: HumanoidEnvConfig, folder: Path) -> Policy:
-    """A policy with random weights in the last layer, its environment and its file."""
-    env = make_wrapped(config)
-    actor = ActorNetwork(env.single_observation_space.shape[0], 29, (32,))
-    torch.nn.init.normal_(actor.mlp[-1].weight, std=0.03, generator=torch.Generator().manual_seed(0))
-    actor.low.fill_(-config.action_limit)
-    actor.high.fill_(config.action_limit)
-    path = folder / "policy.onnx"
-    OnnxExporter(actor, policy_contract(env)).export(path, record_policy(actor.act, config, 100))
-    return actor.act, config, path
-
-
-@pytest.fixture(scope="session")
-def policies(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
-    """The shipped policy; one that sees its hands and its past; one that holds poses."""
-    actor, config, _ = load_policy("walk")
-    stacked = HumanoidEnvConfig(**HELD, wrappers=("history:3", "kinematic"))
-    standing = stand()
-    for name, value in HELD.items():
-        setattr(standing, name, value)
-    return {
-        "walk": (actor.act, config, exported),
-        "stacked": exported_policy(stacked, tmp_path_factory.mktemp("stacked")),
-        "stand": exported_policy(standing, tmp_path_factory.mktemp("stand")),
-    }
 
 
 @pytest.fixture(scope="session")

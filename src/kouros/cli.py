@@ -128,8 +128,9 @@ class Verify:
     """Markdown file, its figure beside it; verify.md beside the policy if not given."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "each", "seconds"):
-            require(self, name, 0 < getattr(self, name) < math.inf, "must be greater than 0, and finite")
+        for name in ("episodes", "each", "seconds", "workers"):
+            ok = getattr(self, name) is None or 0 < getattr(self, name) < math.inf
+            require(self, name, ok, "must be greater than 0, and finite")
 
 
 @dataclasses.dataclass
@@ -396,13 +397,16 @@ def run(config: Run) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kouros.deploy.loop import operator_stop, run_loop
+    from kouros.deploy.loop import operator_stop, run_loop, ticks_per_step
     from kouros.deploy.runner import PolicyRunner
     from kouros.deploy.udp import UdpRobot
     from kouros.files import write_json
 
     console = Console()
     policy = PolicyRunner(config.policy)
+    if not policy.sensors:
+        raise ValueError(f"policy {config.policy}: a plain network; run the policy file beside it")
+    ticks_per_step(config.loop.rate, policy.control_dt)
     pose = dict(zip(policy.joint_names, policy.contract["default_joint_pos"], strict=True))
     given = {"command": list(config.command), "pose_command": pose}
     host, _, port = config.address.rpartition(":")
@@ -440,6 +444,7 @@ def _simulated_robot(config: Run, robot: str) -> Iterator[tuple[str, int]]:
     import subprocess
 
     command = [sys.executable, "-m", "kouros.deploy.simulator", "--robot", robot]
+    command += ["--parent", str(os.getpid())]
     for name in ("seed", "push", "fault", "fault_after"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     # Ctrl-C is the loop's: the robot must still be there to be braked.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kouros.deploy.loop import LoopConfig, Safety
-from kouros.deploy.policy_file import plain_path
+from kouros.deploy.policy_file import plain_path, read_policy_file
 from kouros.deploy.runner import PolicyRunner
 from kouros.deploy.simulator import AS_TRAINED, SimulatedRobot, World
 from kouros.files import replacing
@@ -99,10 +99,11 @@ def verify(
 
     Raises:
       ValueError, FileNotFoundError: no policy file, or not one that says what it was trained in.
-      RuntimeError: the joint targets differ by more than 1e-5: the file would be fed wrongly.
+      RuntimeError: what the file says of itself is not what the training environment says, or the joint
+        targets differ by more than 1e-5: it would be fed wrongly.
     """
     path = Path(path)
-    contract = PolicyRunner(path).contract
+    _, contract = read_policy_file(path)
     push = (0.5 if "pose_command" in contract["sensors"] else 0.0) if push is None else push
     worlds = conditions()
     jobs = [
@@ -131,38 +132,49 @@ def verify(
 
 def compare_first_targets(path: Path, states: int = 32) -> float:
     """The largest difference of joint targets, rad, on the same states: the training environment's
-    observation through the network alone, and the simulated robot's sensors through the policy file."""
+    observation through the network alone, and the simulated robot's sensors through the policy file.
+
+    Raises:
+      ValueError, FileNotFoundError: this is the plain form, or none lies beside the file.
+      RuntimeError: it exceeds 1e-5, or a contract differs from the training environment's.
+    """
     import torch
 
-    from kouros.envs.contract import policy_sensors
+    from kouros.envs.contract import LEARNT, policy_contract, policy_sensors
     from kouros.envs.wrappers import make_policy_env
 
-    runner, plain = PolicyRunner(path), _plain(path)
+    runner = PolicyRunner(path)
+    if not runner.sensors:
+        raise ValueError(f"{path}: a plain network; verify the policy file beside it")
+    plain = _plain(path)
     config = dataclasses.replace(_environment(runner.contract), num_envs=states)
     env = make_policy_env(config, runner.contract.get("statistics"))
+    for file, contract in ((path, runner.contract), (plain_path(path), plain.contract)):
+        for name, ours in policy_contract(env).items():
+            if name not in LEARNT and contract.get(name) != ours:
+                raise RuntimeError(f"{file}: its {name} is not that of the training environment")
     env.reset(seed=0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):  # somewhere, in motion
-        env.step(0.3 * torch.randn(states, len(runner.joint_names), generator=generator))
+        env.step(0.3 * torch.randn(states, env.robot.num_joints, generator=generator))
     env.reset(options={"reset_mask": torch.arange(states) % 2 == 0})
-    # A policy file begins without a last action, at the beginning of its gait.
+    # A policy file begins without a last action, at the beginning of its gait, without a past.
     for memory in (env.phase, env.coast, env.action):
         memory.zero_()
-    if hasattr(env, "memory"):
-        env.memory.zero_()
+    getattr(env, "forget", lambda: None)()
     obs = env.observe()
     about = env.action_offset.expand_as(env.action).numpy()
     theirs = about + env.action_scale.numpy() * plain.step(obs.numpy())
-    given = {name: value.numpy() for name, value in policy_sensors(env).items()}
+    given, names = policy_sensors(env), env.robot.joint_names
     worst = 0.0
     for i in range(states):
-        sim = SimulatedRobot(runner.contract["robot"], dataclasses.replace(AS_TRAINED, shuffled=True), seed=i)
+        sim = SimulatedRobot(env.robot.name, dataclasses.replace(AS_TRAINED, shuffled=True), seed=i)
         sim.reset(env.simulation.qpos[i].numpy(), env.simulation.qvel[i].numpy())
-        pose = dict(zip(runner.joint_names, given["pose_command"][i].tolist(), strict=True))
+        pose = dict(zip(names, given["pose_command"][i].tolist(), strict=True))
         sensors = {**sim.read(), "command": given["command"][i].tolist(), "pose_command": pose}
         runner.reset()
         targets = runner.act({name: sensors[name] for name in ("time", *runner.sensors)})
-        ours = np.array([targets[name] for name in runner.joint_names])
+        ours = np.array([targets[name] for name in names])
         worst = max(worst, float(np.abs(ours - theirs[i]).max()))
     if not worst <= PARITY:
         raise RuntimeError(
@@ -221,8 +233,7 @@ def _episode(path: str, seconds: float, push: float, world: World, seed: int) ->
     qpos[7:] += random.uniform(-0.1, 0.1, len(qpos) - 7)
     qvel[[0, 1, 5]] = random.uniform(-0.5, 0.5, 3)
     sim.reset(qpos, qvel)
-    joints = runner.joint_names
-    targets = dict(zip(joints, qpos[7:].tolist(), strict=True))
+    joints, targets = runner.joint_names, sim.joint_positions
     safety = Safety(contract, LoopConfig(), dt)
     operator = commands(contract, random)
     fall_height = contract["environment"]["fall_height"]

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kouros.checks import require, require_numbers
@@ -114,53 +114,68 @@ class Safety:
         import numpy as np
 
         self.config = config
-        names = contract["joint_names"]
-        low, high = np.array(contract["joint_range"]).T
-        speed = config.speed_factor * np.array(contract["velocity_limit"])
-        margin = config.joint_margin
-        self._low = dict(zip(names, (low - margin).tolist(), strict=True))
-        self._high = dict(zip(names, (high + margin).tolist(), strict=True))
-        self._most = dict(zip(names, (speed * dt).tolist(), strict=True))
-        self._fastest = dict(zip(names, speed.tolist(), strict=True))
-        self._last: dict[str, Any] = {}
+        self._fastest: dict[str, float] = {}
+        self._bounds: dict[str, tuple[float, float, float]] = {}
+        figures = (contract[name] for name in ("joint_names", "joint_range", "velocity_limit"))
+        for name, (low, high), speed in zip(*figures, strict=True):
+            self._fastest[name] = speed = config.speed_factor * speed
+            self._bounds[name] = low - config.joint_margin, high + config.joint_margin, speed * dt
+        self._last: dict[str, tuple[float, ...]] = {}
         self._repeats: dict[str, int] = {}
-        self.limited = dict.fromkeys(names, 0)
+        self.limited = dict.fromkeys(self._bounds, 0)
 
     def judge(self, sensors: Sensors) -> str:
         """Why the robot must be damped; empty if nothing is wrong."""
-        try:
-            for name, value in sensors.items():
-                numbers = (
-                    (value,) if name == "time" else value.values() if hasattr(value, "values") else value
-                )
-                if not math.isfinite(sum(numbers)):
-                    return f"{name} is not finite"
-            for joint, speed in sensors["joint_vel"].items():
-                if abs(speed) > self._fastest[joint]:
-                    return f"{joint} turns at {speed:.1f} rad/s, more than {self._fastest[joint]:.1f}"
-            if -sensors["projected_gravity"][2] < math.cos(self.config.fall_tilt):
-                return "the robot has fallen"
-        except (KeyError, IndexError, TypeError) as error:
-            return f"the robot sent no proper sensors: {type(error).__name__} {error}"
-        if self._last and not sensors["time"] > self._last["time"]:
-            return f"stale sensors: time={sensors['time']!r} came after {self._last['time']!r}"
-        for name in sensors.keys() - {"time"} if self.config.frozen_after else ():
-            same = sensors[name] == self._last.get(name)
+        numbers = {name: _numbers(value) for name, value in sensors.items()}
+        for name, values in numbers.items():
+            if not values:
+                return f"{name} holds what is no finite number"
+        for name in ("time", "projected_gravity", "joint_pos", "joint_vel"):
+            if name not in numbers:
+                return f"{name} is missing"
+        for name in ("joint_pos", "joint_vel"):
+            if not isinstance(sensors[name], Mapping) or sensors[name].keys() != self._fastest.keys():
+                return f"{name} is not of the policy's joints"
+        for joint, speed in sensors["joint_vel"].items():
+            if abs(speed) > self._fastest[joint]:
+                return f"{joint} turns at {speed:.1f} rad/s, more than {self._fastest[joint]:.1f}"
+        if -numbers["projected_gravity"][-1] < math.cos(self.config.fall_tilt):
+            return "the robot has fallen"
+        if self._last and not numbers["time"] > self._last["time"]:
+            return f"stale sensors: time={numbers['time'][0]!r} came after {self._last['time'][0]!r}"
+        for name in numbers.keys() - {"time"} if self.config.frozen_after else ():
+            same = numbers[name] == self._last.get(name)
             self._repeats[name] = self._repeats.get(name, 0) + 1 if same else 0
             if self._repeats[name] >= self.config.frozen_after:
                 return f"{name} is frozen: the same numbers {self._repeats[name] + 1} times"
-        self._last = dict(sensors)
+        self._last = numbers
         return ""
 
     def limit(self, targets: Targets, before: Targets) -> Targets:
-        """Targets within the joints' limits, and no faster than they may be from those before."""
+        """Targets within the joints' limits, and no faster than they may be from those before.
+
+        Raises:
+          ValueError: a target is NaN.
+        """
         limited = {}
         for joint, target in targets.items():
-            most, last = self._most[joint], before[joint]
-            least = min(max(target, self._low[joint], last - most), self._high[joint], last + most)
+            (low, high, most), last = self._bounds[joint], before[joint]
+            if math.isnan(target):
+                raise ValueError(f"the policy's target for {joint} is not a number")
+            least = min(max(target, low, last - most), high, last + most)
             self.limited[joint] += least != target
             limited[joint] = least
         return limited
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """The numbers of a sensor; none if one of them is not finite, or no number."""
+    values = value.values() if isinstance(value, Mapping) else value
+    values = values if isinstance(values, Iterable) else (values,)
+    try:
+        return tuple(values) if math.isfinite(math.hypot(*values)) else ()
+    except (TypeError, OverflowError):
+        return ()
 
 
 @dataclasses.dataclass
@@ -232,12 +247,7 @@ def run_loop(
       TimeoutError: no sensors come at all.
     """
     config = config or LoopConfig()
-    share = config.rate * policy.control_dt if config.rate else 1.0
-    every = round(share)
-    if every < 1 or abs(share - every) > 1e-6:
-        own = 1.0 / policy.control_dt
-        raise ValueError(f"rate={config.rate:g}: must be a whole multiple of the policy's own, {own:g} Hz")
-    loop = _Loop(policy, robot, config, every)
+    loop = _Loop(policy, robot, config, ticks_per_step(config.rate, policy.control_dt))
     _wait_for_sensors(robot, loop)
     enabled = gc.isenabled()
     gc.collect()
@@ -263,6 +273,15 @@ def run_loop(
     return loop.report
 
 
+def ticks_per_step(rate: float, control_dt: float) -> int:
+    """How often a loop ticks while its policy acts once; ``ValueError`` if that is no whole number."""
+    share = rate * control_dt if rate else 1.0
+    if round(share) < 1 or abs(share - round(share)) > 1e-6:
+        own = 1.0 / control_dt
+        raise ValueError(f"rate={rate:g}: must be a whole multiple of the policy's own, {own:g} Hz")
+    return round(share)
+
+
 class _Loop:
     """What the phases of a loop share: the clock, the last sensors, the last targets."""
 
@@ -273,11 +292,13 @@ class _Loop:
         self.safety = Safety(policy.contract, config, self.period)
         self.report = LoopReport(period=self.period)
         self.sensors: dict[str, Any] = {}
-        self.targets: Targets = {}
-        self.received = 0.0
+        contract = policy.contract
+        self.default = dict(zip(contract["joint_names"], contract["default_joint_pos"], strict=True))
+        self.targets: Targets = self.default
+        self.received = time.perf_counter()
 
-    def _end(self, reason: str, fault: bool = True) -> None:
-        self.report.reason, self.report.fault = reason, fault
+    def _end(self, reason: object, fault: bool = True) -> None:
+        self.report.reason, self.report.fault = str(reason) or repr(reason), fault
 
     def wait(self, deadline: float) -> float:
         """Sleep, warm the caches, spin; returns the time of waking, at or after the deadline."""
@@ -294,7 +315,7 @@ class _Loop:
         try:
             new = self.robot.read()
         except OSError as error:
-            self._end(str(error))
+            self._end(error)
             return False
         if new is None:
             if now - self.received > self.timeout:
@@ -312,7 +333,7 @@ class _Loop:
         while tick * self.period < seconds - 1e-9:
             deadline = start + tick * self.period
             now = self.wait(deadline)
-            if stop():
+            if not self.report.reason and stop():
                 self._end("stopped by the operator", fault=False)
             news = not self.report.reason and self.listen(now)
             if self.report.reason:
@@ -323,36 +344,41 @@ class _Loop:
             tick += 1 + late
 
     def soft_start(self, stop: Callable[[], bool]) -> None:
-        contract = self.policy.contract
-        default = dict(zip(contract["joint_names"], contract["default_joint_pos"], strict=True))
-        begin = {joint: float(self.sensors["joint_pos"][joint]) for joint in self.policy.joint_names}
-        self.targets = begin
-        seconds = self.config.soft_start
-        for tick, *_ in self._ticks(seconds, stop):
-            share = min(1.0, tick * self.period / seconds)
-            self.targets = {joint: begin[joint] + share * (default[joint] - begin[joint]) for joint in begin}
-            self.robot.write("soft start", self.targets, self.policy.gains)
+        if self.report.reason:
+            return  # the first sensors were no good: there is no pose to begin at
+        begin = self.targets = {joint: float(self.sensors["joint_pos"][joint]) for joint in self.default}
+        ticks = round(self.config.soft_start / self.period)
+        for tick, *_ in self._ticks((ticks + 1) * self.period if ticks else 0.0, stop):
+            share = tick / ticks
+            goal = {joint: (1.0 - share) * begin[joint] + share * self.default[joint] for joint in begin}
+            self._send("soft start", goal)
+
+    def _send(self, mode: str, goal: Targets) -> None:
+        """Send targets as near to a goal as the limits let them be."""
+        try:
+            self.targets = self.safety.limit(goal, self.targets)
+            self.robot.write(mode, self.targets, self.policy.gains)
+        except (OSError, ValueError) as error:
+            self._end(error)
 
     def under_policy(self, operator: Callable[[float], Mapping[str, Any]], stop: Callable[[], bool]) -> None:
-        report, policy, since = self.report, self.policy, self.every
+        report, policy, acted = self.report, self.policy, -self.every
         policy.reset()
         goal = self.targets
         for tick, deadline, now, news in self._ticks(self.config.seconds or math.inf, stop):
-            since += 1
             report.silent += not news
-            if news and since >= self.every:
-                since = 0
+            if news and tick - acted >= self.every:
+                acted = tick
                 given = {**self.sensors, **operator(tick * self.period)}
                 known = {name: given[name] for name in ("time", *policy.sensors) if name in given}
                 begin = time.perf_counter()
                 try:
                     goal = policy.act(known)
                 except (ValueError, RuntimeError) as error:
-                    self._end(str(error))
+                    self._end(error)
                     return
                 report.act.append(time.perf_counter() - begin)
-            self.targets = self.safety.limit(goal, self.targets)
-            self.robot.write("policy", self.targets, policy.gains)
+            self._send("policy", goal)
             sent = time.perf_counter() - deadline
             report.wake.append(now - deadline)
             report.sent.append(sent)
@@ -363,7 +389,9 @@ class _Loop:
     def command_damping(self) -> None:
         """The servos brake, and hold nothing."""
         _, damping = self.policy.gains
-        self.robot.write("damping", self.targets, (dict.fromkeys(self.policy.joint_names, 0.0), damping))
+        limp = dict.fromkeys(self.policy.joint_names, 0.0)
+        with contextlib.suppress(OSError):  # the robot's own watchdog brakes it
+            self.robot.write("damping", self.targets, (limp, damping))
 
     def damp(self, seconds: float) -> None:
         for _ in range(max(1, round(seconds / self.period))):
@@ -380,9 +408,6 @@ def _wait_for_sensors(robot: Robot, loop: _Loop, seconds: float = 3.0) -> None:
                 loop.report.reason or f"no sensors within {seconds:g} s: is the robot switched on?"
             )
         time.sleep(0.001)
-    joints, named = loop.policy.joint_names, loop.sensors.get("joint_pos")
-    if not isinstance(named, Mapping) or set(named) != set(joints):
-        raise ValueError("joint_pos: the robot's joints are not the policy's")
 
 
 @contextlib.contextmanager

@@ -174,9 +174,9 @@ class MultiPolicyManager:
 
         Targets and gains of the k-th step from now are ``(1 - w) old + w new`` with ``w = k control_dt /
         blend_time``. The old policy acts on until the blend is over: targets that stand still for 0.3 s make
-        a robot at a fast walk fall. In the middle of another blend, ``old`` is the policy that was coming, plus
-        the constant by which what was last sent differed from it: targets never jump. Before the first step
-        there is nothing to blend from: the policy is the one to begin with.
+        a robot at a fast walk fall. In the middle of another blend, ``old`` is the policy that was coming,
+        plus the constant by which what was last sent differed from it: targets never jump. Before the first
+        step there is nothing to blend from: the policy is the one to begin with.
 
         Args:
           name: of the policy.

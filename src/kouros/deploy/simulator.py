@@ -13,12 +13,12 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import mujoco
 import numpy as np
 
-from kouros.checks import require, require_numbers
+from kouros.checks import check_choice, require, require_numbers
 from kouros.deploy.loop import Gains, realtime_priority
 from kouros.deploy.udp import RobotServer
 from kouros.robots import get_robot
@@ -51,6 +51,7 @@ class World:
 
     def __post_init__(self) -> None:
         require_numbers(self)
+        check_choice("collisions", self.collisions, get_args(Collisions))
         require(self, "timestep", 0 < self.timestep <= 0.01, "must lie in (0, 0.01] s")
         for name in ("friction", "sensor_delay", "action_delay", "noise"):
             require(self, name, getattr(self, name) >= 0, "must not be negative")
@@ -133,11 +134,16 @@ class SimulatedRobot:
         self.gantry = False
 
     def _measure(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        data = self.data
-        down = np.zeros(3)
-        mujoco.mju_rotVecQuat(down, np.array([0.0, 0.0, -1.0]), _inverse(data.sensor("imu_orientation").data))
-        gyro = data.sensor("imu_gyro").data.copy()
-        return data.time, gyro, down, data.qpos[self._q].copy(), data.qvel[self._v].copy()
+        # Of the state, not of MuJoCo's sensors: after a step those are of the state before it.
+        data, down = self.data, -self._rotation[2]
+        return data.time, data.qvel[3:6].copy(), down, data.qpos[self._q].copy(), data.qvel[self._v].copy()
+
+    @property
+    def _rotation(self) -> np.ndarray:
+        """From the base's frame to the world's, ``(3, 3)``."""
+        matrix = np.zeros(9)
+        mujoco.mju_quat2Mat(matrix, self.data.qpos[3:7])
+        return matrix.reshape(3, 3)
 
     def read(self) -> dict[str, Any]:
         """The sensors as they come over the wire: late, with noise, joints by name."""
@@ -203,7 +209,7 @@ class SimulatedRobot:
     @property
     def tilt(self) -> float:
         """True tilt of the base, rad."""
-        return math.acos(max(-1.0, min(1.0, self.data.xmat[self._base][8])))
+        return math.acos(max(-1.0, min(1.0, self._rotation[2, 2])))
 
     @property
     def height(self) -> float:
@@ -213,18 +219,12 @@ class SimulatedRobot:
     @property
     def velocity(self) -> np.ndarray:
         """True velocity of the base along its heading, to its left (m/s), and its yaw rate (rad/s)."""
-        x, y = self.data.xmat[self._base].reshape(3, 3)[:2, 0]
+        x, y = self._rotation[:2, 0]
         forward = np.array([x, y]) / max(math.hypot(x, y), 1e-9)
         vx, vy = self.data.qvel[:2]
         return np.array(
             [vx * forward[0] + vy * forward[1], vy * forward[0] - vx * forward[1], self.data.qvel[5]]
         )
-
-
-def _inverse(quat: np.ndarray) -> np.ndarray:
-    result = np.zeros(4)
-    mujoco.mju_negQuat(result, quat)
-    return result
 
 
 Fault = Literal["none", "silent", "frozen", "nan", "garbage", "killed"]
@@ -249,6 +249,8 @@ class Served:
     """Time of the fault, s after the policy's first command."""
     push: float = 0.0
     """Speed that a push from a random side adds to the base every 5 s, m/s."""
+    parent: int = 0
+    """Number of the process that started this one and that it ends with; 0: none."""
     world: World = dataclasses.field(default_factory=World)
 
 
@@ -268,7 +270,7 @@ def serve(config: Served) -> None:
     frozen: dict[str, Any] | None = None
     with realtime_priority():
         deadline = time.perf_counter()
-        while True:
+        while config.parent in (0, os.getppid()):
             command = server.poll()
             if command is not None:
                 mode = command["mode"]
@@ -284,7 +286,8 @@ def serve(config: Served) -> None:
                 sim.push((config.push * math.cos(angle), config.push * math.sin(angle)))
                 next_push += 5.0
             sim.advance(period)
-            sensors = {**sim.read(), "time": offset + sim.data.time}
+            sensors = sim.read()
+            sensors["time"] += offset
             if config.fault != "none" and sim.data.time > begun + config.fault_after:
                 frozen = frozen or sensors
                 if config.fault == "killed":

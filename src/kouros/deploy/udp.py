@@ -55,7 +55,10 @@ class UdpRobot:
         self.address, self.garbage = address, 0
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            self._socket.connect(address)  # nobody else is heard
+            try:
+                self._socket.connect(address)  # nobody else is heard
+            except OSError as error:
+                raise ConnectionError("{}:{}: {}".format(*address, error.strerror or error)) from error
             self._socket.setblocking(False)
             self._meet(contract, timeout)
         except BaseException:
@@ -83,11 +86,9 @@ class UdpRobot:
         robot, joints = welcome.get("robot"), welcome.get("joint_names")
         if robot != contract["robot"]:
             raise ConnectionError(f"{where}: is a {robot!r}, the policy was trained on {contract['robot']!r}")
-        if not isinstance(joints, list) or set(joints) != set(contract["joint_names"]):
-            differ = sorted(set(contract["joint_names"]) ^ set(joints or ()))
-            raise ConnectionError(
-                f"{where}: has other joints than the policy: {', '.join(map(str, differ[:5]))}"
-            )
+        named = set(map(str, joints)) if isinstance(joints, list) else set()
+        if differ := sorted(named ^ set(contract["joint_names"])):
+            raise ConnectionError(f"{where}: has other joints than the policy: {', '.join(differ[:5])}")
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         """What has come in since the last time, the newest first: of a stream only that is worth decoding."""
@@ -184,19 +185,23 @@ class RobotServer:
         return newest
 
     def _greet(self, hello: dict[str, Any], sender: Address, now: float) -> None:
-        gone = now - self._heard > GONE
+        gone, period = now - self._heard > GONE, hello.get("control_dt")
         if self.controller not in (None, sender) and not gone:
             host, port = self.controller or sender
             self._send("refused", sender, reason=f"{host}:{port} controls this robot")
         elif hello.get("robot") != self.robot:
             self._send("refused", sender, reason=f"this is a {self.robot!r}, not a {hello.get('robot')!r}")
+        elif not (isinstance(period, int | float) and 0 < period <= 1):
+            self._send("refused", sender, reason=f"control_dt={period!r}: must lie in (0, 1] s")
         else:
             self.controller, self._heard = sender, now + 1.0  # time to begin in
-            self._timeout = 2.0 * float(hello.get("control_dt", 0.02))
+            self._timeout = 2.0 * period
             self._send("welcome", sender, robot=self.robot, joint_names=list(self.joint_names))
 
     def _complete(self, command: dict[str, Any]) -> bool:
-        """Whether a command names every joint, with finite numbers."""
+        """Whether a command has a mode, and names every joint, with finite numbers."""
+        if not isinstance(command.get("mode"), str):
+            return False
         for part in ("targets", "stiffness", "damping"):
             values = command.get(part)
             if not isinstance(values, dict) or values.keys() != set(self.joint_names):

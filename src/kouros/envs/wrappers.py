@@ -260,6 +260,10 @@ class HistoryObservation(ObservationWrapper):
         frames = torch.cat((self._frames[:, :-1], obs.unsqueeze(1)), dim=1)
         return self._keep(torch.where(self._begun[:, None, None], frames, self._full(obs)))
 
+    def forget(self) -> None:
+        """Begin every history anew, with the next observation."""
+        self._begun.zero_()
+
     @property
     def memory(self) -> torch.Tensor:
         """What the policy file carries of it: all observations but the newest, and 1 for a history that has
