@@ -111,8 +111,6 @@ class Safety:
     """
 
     def __init__(self, contract: Mapping[str, Any], config: LoopConfig, dt: float) -> None:
-        import numpy as np
-
         self.config = config
         self._fastest: dict[str, float] = {}
         self._bounds: dict[str, tuple[float, float, float]] = {}
