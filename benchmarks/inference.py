@@ -223,8 +223,11 @@ def main(config: Config) -> None:
         times = in_turn(functions, config.turns)
         ticks = loop(step, config.rate, config.seconds)
 
-    result: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-    result |= {"cores": os.cpu_count(), "load average at the end": os.getloadavg()[0]}
+    result: dict[str, Any] = {
+        "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
+        "load average at the end": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+    }
     table = Table("one observation, one core", "median, us", "p99, us", "against IO binding")
     medians = {name: np.median(of, axis=1) for name, of in times.items()}
     for name, of in times.items():
