@@ -224,6 +224,7 @@ def main(config: Config) -> None:
         ticks = loop(step, config.rate, config.seconds)
 
     result: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
+    result |= {"cores": os.cpu_count(), "load average at the end": os.getloadavg()[0]}
     table = Table("one observation, one core", "median, us", "p99, us", "against IO binding")
     medians = {name: np.median(of, axis=1) for name, of in times.items()}
     for name, of in times.items():

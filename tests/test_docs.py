@@ -19,6 +19,7 @@ from kouros.cli import _commands
 from kouros.envs.observations import OBSERVATIONS
 from kouros.envs.rewards import REWARDS
 from kouros.envs.terrain import TILES
+from kouros.robots import get_robot
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "src/kouros/policies/README.md", *(ROOT / "docs").glob("*.md")])
@@ -53,6 +54,18 @@ def robots_computer() -> dict[str, Any]:
     return {"read_robot": read_robot, "send_to_robot": send_to_robot}
 
 
+def read_sensors(names: tuple[str, ...]) -> dict[str, Any]:
+    """What the README leaves to the reader: named sensors of a G1 that stands."""
+    robot = get_robot("g1")
+    pose = dict(zip(robot.joint_names, robot.default_joint_pos, strict=True))
+    sensors = {
+        "joint_pos": pose,
+        "joint_vel": dict.fromkeys(pose, 0.0),
+        "projected_gravity": [0.0, 0.0, -1.0],
+    }
+    return {"time": 0.0, **{name: sensors.get(name, [0.0, 0.0, 0.0]) for name in names}}
+
+
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
@@ -68,7 +81,8 @@ def test_the_blocks_of_a_page_run(
     shutil.copy(exported, tmp_path / "policy.onnx")
     text = page.read_text("utf-8")
     endless = page.stem == "policy-file"
-    namespace = {"__name__": page.stem, **(robots_computer() if endless else {})}
+    given = robots_computer() if endless else {"read_robot": read_sensors}
+    namespace = {"__name__": page.stem, **given}
     with pytest.raises(SwitchedOffError) if endless else contextlib.nullcontext():
         for block in BLOCK.finditer(text):
             before = text.count("\n", 0, block.start(1))  # so that errors name the page's own lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -148,9 +149,12 @@ def test_conditions_fit_policies_that_observe_little(condition: str) -> None:
     assert result.survival == 1.0
 
 
-def test_what_could_not_be_measured_is_missed() -> None:
-    good = {name: low for name, (_, _, low, _) in WalkResult.BAR.items()}
-    rest = {"episodes": 1, "seconds": 1.0, "survival_low": 1.0, "survival_high": 1.0, "crossed": 1.0}
-    assert WalkResult(**good, **rest).failures() == []
-    for name in good:
-        assert WalkResult(**{**good, name: math.nan}, **rest).failures() == [name]
+@pytest.mark.parametrize("walks", [True, False])
+def test_what_could_not_be_measured_is_missed(walks: bool) -> None:
+    figures: dict[str, Any] = {field.name: math.nan for field in dataclasses.fields(WalkResult)}
+    bar = WalkResult(**{**figures, "walks": walks}).bar
+    good = {**figures, "walks": walks, **{name: low for name, (_, _, low, _) in bar.items()}}
+    assert WalkResult(**good).failures() == []
+    assert ("clearance_left" in bar) == walks != ("pose_error" in bar)
+    for name in bar:
+        assert WalkResult(**{**good, name: math.nan}).failures() == [name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -19,22 +18,17 @@ from conftest import make_env
 from kouros.deploy.export import OnnxExporter, plain_path
 from kouros.deploy.manager import CONDITIONS, MultiPolicyManager
 from kouros.deploy.runner import PolicyRunner, SensorError
-from kouros.envs.config import CALM
-from kouros.envs.contract import policy_contract, policy_sensors, record_policy
-from kouros.envs.wrappers import make_policy_env
+from kouros.deploy.simulator import AS_TRAINED, SimulatedRobot
+from kouros.envs.contract import policy_contract, record_policy
 from kouros.learning.networks import ActorNetwork
-from kouros.learning.run import load_policy
 
 JOINTS = ("knee", "hip")
 VECTORS = ("base_ang_vel", "projected_gravity", "command")
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``walk``, and ``hold``: untrained, at half the rate, softer; with a history and a pose, no command."""
-    folder = tmp_path_factory.mktemp("policies")
-    actor, config, contract = load_policy("walk")
-    OnnxExporter(actor, contract).export(folder / "walk.onnx", record_policy(actor.act, config, 20))
     env = make_env(
         1,
         frame_skip=8,
@@ -48,9 +42,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     contract = policy_contract(env)
     for name in ("stiffness", "damping"):
         contract[name] = [0.5 * gain for gain in contract[name]]
-    recording = record_policy(actor.act, env.config, 20)
-    OnnxExporter(actor, contract).export(folder / "hold.onnx", recording)
-    return {name: folder / f"{name}.onnx" for name in ("walk", "hold")}
+    hold = tmp_path_factory.mktemp("hold") / "hold.onnx"
+    OnnxExporter(actor, contract).export(hold, record_policy(actor.act, env.config, 20))
+    return {"walk": exported, "hold": hold}
 
 
 @pytest.fixture
@@ -82,15 +76,22 @@ def measured(joint_names: tuple[str, ...], count: int, seed: int = 0) -> list[di
 
 
 class Fake:
-    """A policy whose targets are a level and how often it has acted since its reset."""
+    """A policy whose targets are a level, how often it has acted since its reset, and a sway."""
 
-    def __init__(self, level: float = 0.0, control_dt: float = 0.02, per_act: float = 0.0, **other: Any):
-        self.level, self.control_dt, self.per_act = level, control_dt, per_act
+    def __init__(
+        self,
+        level: float = 0.0,
+        control_dt: float = 0.02,
+        per_act: float = 0.0,
+        sway: float = 0.0,
+        **other: Any,
+    ):
+        self.level, self.control_dt, self.per_act, self.sway = level, control_dt, per_act, sway
         self.joint_names = other.get("joint_names", JOINTS)
         self.sensors = other.get("sensors", VECTORS)
         self.contract = {"robot": "g1", "control_mode": "position", **other}
         self.gains = (dict.fromkeys(JOINTS, 100.0 + level), dict.fromkeys(JOINTS, 10.0 - level))
-        self.backend, self.warmed = "fake", 0
+        self.backend = "fake"
         self.reset()
 
     def reset(self) -> None:
@@ -98,16 +99,14 @@ class Fake:
 
     def read(self, sensors: dict[str, Any]) -> None:
         assert set(sensors) == {"time", *self.sensors}
+        if sensors["command"][0] == -9.0:
+            raise SensorError("broken")
 
     def act(self, sensors: dict[str, Any]) -> dict[str, float]:
         self.read(sensors)
-        if sensors["command"][0] == -9.0:
-            raise SensorError("broken")
         self.acts += 1
-        return dict.fromkeys(self.joint_names, self.level + self.per_act * self.acts)
-
-    def warm(self) -> None:
-        self.warmed += 1
+        target = self.level + self.per_act * self.acts + self.sway * math.sin(self.acts)
+        return dict.fromkeys(self.joint_names, target)
 
 
 def fakes(control_dt: float | None = None, blend_time: float = 0.3, **policies: Any) -> MultiPolicyManager:
@@ -133,75 +132,91 @@ def levels(manager: MultiPolicyManager, count: int, start: int = 0, **sensors: f
     return [manager.step(still(0.02 * k, **sensors))["knee"] for k in range(start, start + count)]
 
 
-def slowly(
-    files: dict[str, Path], rows: list[dict[str, Any]], switches: dict[int, tuple[str, float]]
-) -> list[tuple[np.ndarray, ...]]:
-    """What is sent in each step, by fresh runners: targets, stiffness and damping as arrays."""
-    sent: list[tuple[np.ndarray, ...]] = []
-    name, begun, steps = "walk", 0, 0
-    runner = PolicyRunner(files[name])
-    for k, row in enumerate(rows):
-        if k in switches and switches[k][0] != name:
-            name, blend_time = switches[k]
-            runner, begun, steps = PolicyRunner(files[name]), k, round(blend_time / 0.02) if k else 0
-            start = sent[-1] if k else ()
-        if name == "walk" or (k - begun) % 2 == 0:
-            targets = runner.act({sensor: row[sensor] for sensor in ("time", *runner.sensors)})
-        goal = tuple(np.array([*values.values()]) for values in (targets, *runner.gains))
-        weight = (k - begun + 1) / steps if k - begun + 1 < steps else 1.0
-        if weight < 1.0:
-            goal = tuple((1.0 - weight) * a + weight * b for a, b in zip(start, goal, strict=True))
-        sent.append(goal)
-    return sent
+class Alone:
+    """A policy file from its beginning, at its own rate; targets held where sensors are missing."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        self.name, self.runner, self.ticks, self.held = name, PolicyRunner(file), 0, False
+
+    def own(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {sensor: row[sensor] for sensor in ("time", *self.runner.sensors) if sensor in row}
+
+    def step(self, row: dict[str, Any]) -> np.ndarray:
+        """Targets, stiffness and damping."""
+        due = self.ticks % round(self.runner.control_dt / 0.02) == 0 and not self.held
+        if due and len(self.own(row)) == 1 + len(self.runner.sensors):
+            self.targets = self.runner.act(self.own(row))
+        self.ticks += 1
+        self.sent = np.array([[*values.values()] for values in (self.targets, *self.runner.gains)])
+        return self.sent
+
+
+SWITCHES = st.lists(
+    st.tuples(st.sampled_from(["walk", "hold"]), st.sampled_from([0.0, 0.06, 0.3])), max_size=3
+)
 
 
 class TestSwitch:
-    @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
-        st.dictionaries(
-            st.integers(0, 39),
-            st.tuples(st.sampled_from(["walk", "hold"]), st.sampled_from([0.0, 0.1, 0.3])),
-            max_size=5,
-        ),
+        st.dictionaries(st.integers(0, 39), SWITCHES, max_size=6),
+        st.sets(st.integers(0, 39), max_size=10),
         st.integers(0, 10**6),
     )
-    def test_is_what_fresh_runners_and_the_formula_give(self, files, manager, switches, seed: int) -> None:
-        """Rates, histories, sensors, blends, gains: whenever it is switched, within a blend too."""
+    def test_is_what_fresh_runners_and_the_formula_give(
+        self, files, manager, switches, bare: set[int], seed: int
+    ) -> None:
+        """Rates, histories, sensors, blends, gains: whenever and however often it is switched."""
         manager.reset()
         manager.switch_policy("walk")
-        rows = measured(manager.joint_names, 40, seed)
-        active = "walk"
-        for k, (row, sent) in enumerate(zip(rows, slowly(files, rows, switches), strict=True)):
-            if k in switches:
-                assert manager.switch_policy(*switches[k]) == (switches[k][0] != active)
-                active = switches[k][0]
-            targets = manager.step(row)
-            assert tuple(targets) == manager.joint_names
-            for found, expected in zip((targets, *manager.gains), sent, strict=True):
-                np.testing.assert_allclose([*found.values()], expected, rtol=1e-12, atol=1e-12)
-        assert manager.active == active
+        others = {name: PolicyRunner(file) for name, file in files.items()}
+        new, old, owed, sent, steps = Alone("walk", files["walk"]), None, 0.0, np.zeros(()), 0
+        for k, row in enumerate(measured(manager.joint_names, 40, seed)):
+            for name, blend_time in switches.get(k, []):
+                assert manager.switch_policy(name, blend_time) == (name != new.name)
+                if name != new.name:
+                    if new.ticks:
+                        old, owed = new, sent - new.sent
+                    new, steps = Alone(name, files[name]), round(blend_time / 0.02) if k else 0
+                if old and old.name == new.name:
+                    old.held = True
+            if k in bare:  # of all sensors the active policy's alone
+                row = new.own(row)
+            else:
+                acting = {policy.name: policy.runner for policy in (old, new) if policy and not policy.held}
+                assert manager.get_all_actions(row) == {
+                    name: runner.peek({sensor: row[sensor] for sensor in ("time", *runner.sensors)})
+                    for name, runner in (others | acting).items()
+                }
+            targets, sent = manager.step(row), new.step(row)
+            if new.ticks < steps:
+                weight = new.ticks / steps
+                sent = (1.0 - weight) * (old.step(row) + owed) + weight * sent
+            else:
+                old = None
+            found = [[*values.values()] for values in (targets, *manager.gains)]
+            np.testing.assert_allclose(found, sent, rtol=1e-12, atol=1e-12)
+            assert tuple(targets) == manager.joint_names and manager.active == new.name
 
     @settings(deadline=None)
     @given(
-        st.dictionaries(
-            st.integers(1, 60), st.tuples(st.sampled_from("abc"), st.integers(1, 20)), max_size=12
-        )
+        st.dictionaries(st.integers(1, 60), st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20))))
     )
-    def test_never_makes_a_target_jump(self, switches: dict[int, tuple[str, int]]) -> None:
-        """No step is longer than its blend's share of the way, whatever is switched when."""
-        manager = fakes(a=Fake(-1.0), b=Fake(0.5), c=Fake(3.0))
+    def test_never_makes_a_target_jump(self, switches: dict[int, list[tuple[str, int]]]) -> None:
+        """No step is longer than a policy's own and the blend's share of the way."""
+        manager = fakes(
+            **{name: Fake(level, sway=0.1) for name, level in (("a", -1.0), ("b", 0.5), ("c", 3.0))}
+        )
         before, way, steps = manager.step(still(0.0))["knee"], 0.0, 1
         for k in range(1, 80):
-            if k in switches:
-                name, count = switches[k]
+            for name, count in switches.get(k, []):
                 if manager.switch_policy(name, 0.02 * count):
-                    way, steps = abs(manager.policies[name].level - before), count
+                    way, steps = abs(manager.policies[name].level - before) + 0.3, count
             target = manager.step(still(0.02 * k))["knee"]
-            assert abs(target - before) <= way / steps + 1e-12
-            stiffness, damping = (gains["hip"] for gains in manager.gains)
-            assert stiffness == pytest.approx(100.0 + target) and damping == pytest.approx(10.0 - target)
+            assert abs(target - before) <= 0.1 + way / steps + 1e-12
             before = target
-        assert before == manager.policies[manager.active].level
+        active = manager.policies[manager.active]
+        assert before == active.level + 0.1 * math.sin(active.acts) and manager.gains == active.gains
 
     def test_blends_by_the_formula(self) -> None:
         manager = fakes(a=Fake(0.0), b=Fake(1.0))
@@ -217,14 +232,6 @@ class TestSwitch:
         manager.step(still(0.0))
         manager.switch_policy("b", 0.1)
         assert [manager.step(still(t))["knee"] for t in (0.02, 9.0)] == pytest.approx([0.2, 0.4])
-
-    def test_a_runner_that_was_used_begins(self) -> None:
-        used = Fake(per_act=1.0)
-        used.act(still(0.0))
-        manager = fakes(a=Fake(), b=used)
-        manager.step(still(0.0))
-        manager.switch_policy("b", 0.0)
-        assert levels(manager, 1, 1) == [1.0]
 
     def test_to_the_active_policy_is_none(self) -> None:
         manager = fakes(a=Fake(per_act=1.0), b=Fake())
@@ -268,12 +275,6 @@ class TestRates:
         manager.add_transition("a", "b", "fallen")
         assert levels(manager, 3) == [0.0] * 3
         assert levels(manager, 5, 3, tilt=90.0) == [2.0] * 4 + [3.0]
-
-    def test_a_held_target_is_blended_on(self) -> None:
-        manager = fakes(a=Fake(0.0), b=Fake(1.0, 0.06))
-        manager.step(still(0.0))
-        manager.switch_policy("b", 0.08)
-        assert levels(manager, 5, 1) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
     def test_sensors_are_checked_while_targets_are_held(self, manager: MultiPolicyManager) -> None:
         manager.switch_policy("hold")
@@ -341,27 +342,32 @@ class TestTransitions:
             ("b", "c", "fallen"),
         ]
 
-    def test_blend_from_what_was_sent_and_at_once_in_the_first_step(self) -> None:
+    def test_blend_as_any_other_and_at_once_in_the_first_step(self) -> None:
         manager = fakes(a=Fake(0.0), b=Fake(1.0), blend_time=0.08)
         manager.add_transition("a", "b", "fallen")
         manager.add_transition("b", "a", "upright")
         assert levels(manager, 2, 0, tilt=90.0) == [1.0, 1.0]
         assert levels(manager, 2, 2) == pytest.approx([0.75, 0.5])
         assert levels(manager, 2, 4, tilt=90.0) == pytest.approx([0.625, 0.75])
+        assert [switch[0] for switch in manager.history] == [0.0, 0.04, 0.08]
         manager.reset()
-        assert manager.active == "a"
+        assert manager.active == "a" and manager.history == []
 
     def test_a_step_that_fails_moves_nobody(self) -> None:
-        manager = fakes(a=Fake(0.0, per_act=1.0), b=Fake(10.0, per_act=1.0))
-        manager.add_transition("a", "b", "fallen")
-        levels(manager, 2)
-        with pytest.raises(SensorError, match="broken"):
-            manager.step(still(0.04, tilt=90.0, command=-9.0))
-        assert manager.active == "a" and manager.history == []
-        assert levels(manager, 1, 2) == [3.0]
-        with pytest.raises(SensorError, match="stale"):
-            manager.step(still(0.04, tilt=90.0))
-        assert manager.active == "a"
+        """Not who leaves either, if it is to come back."""
+        runs = []
+        for fails in (False, True):
+            manager = fakes(a=Fake(0.0, per_act=1.0), b=Fake(10.0, per_act=1.0))
+            manager.add_transition("b", "a", "fallen")
+            levels(manager, 2)
+            manager.switch_policy("b")
+            runs.append(levels(manager, 3, 2))
+            for sensors in (still(0.1, tilt=90.0, command=-9.0), still(0.08, tilt=90.0)) if fails else ():
+                with pytest.raises(SensorError, match=r"broken|stale"):
+                    manager.step(sensors)
+            runs[-1] += levels(manager, 20, 5)
+            assert manager.active == "b" and len(manager.history) == 1
+        assert runs[0] == runs[1]
 
     @pytest.mark.parametrize(
         ("name", "true", "false"),
@@ -430,28 +436,6 @@ class TestSensors:
 
 
 class TestGetAllActions:
-    def test_is_what_each_would_give_and_moves_nobody(self, files, manager: MultiPolicyManager) -> None:
-        alone = PolicyRunner(files["walk"])
-        for k, row in enumerate(measured(manager.joint_names, 12)):
-            if k % 3:  # one or two times, or not at all
-                for _ in range(k % 3):
-                    actions = manager.get_all_actions(row)
-            fresh = PolicyRunner(files["hold"])
-            own = [{name: row[name] for name in ("time", *runner.sensors)} for runner in (alone, fresh)]
-            targets = manager.step(row)
-            assert targets == alone.act(own[0])
-            if k % 3:
-                assert actions == {"walk": targets, "hold": fresh.act(own[1])}
-
-    def test_a_switched_out_policy_begins(self, files, manager: MultiPolicyManager) -> None:
-        rows = measured(manager.joint_names, 4)
-        manager.step(rows[0])
-        manager.switch_policy("hold")
-        manager.step(rows[1])
-        fresh = PolicyRunner(files["walk"])
-        expected = fresh.act({name: rows[2][name] for name in ("time", *fresh.sensors)})
-        assert manager.get_all_actions(rows[2])["walk"] == expected
-
     def test_names_the_policy_whose_sensor_is_missing(self, manager: MultiPolicyManager) -> None:
         (row,) = measured(manager.joint_names, 1)
         del row["pose_command"]
@@ -507,29 +491,18 @@ print(len(manager.step({"time": 0.0, **vectors, "joint_pos": joints, "joint_vel"
         )
         assert done.stdout == "29\n", done.stderr
 
-    def test_a_robot_walks_on_through_switches(self, files: dict[str, Path]) -> None:
-        """From one copy of the policy to the other every second, its gait clock at zero."""
-        _, config, _ = load_policy("walk")
-        env = make_policy_env(dataclasses.replace(config, num_envs=1, harness=0.0, **CALM), None)
-        env.reset(seed=0)
-        manager = MultiPolicyManager()
-        for name in ("a", "b"):
-            manager.add_policy(name, files["walk"])
+    def test_a_robot_walks_on_through_switches(self, exported: Path) -> None:
+        """From one copy of the policy to the other every two seconds, its gait clock at zero."""
+        manager = fakes(a=PolicyRunner(exported), b=PolicyRunner(exported))
+        robot = SimulatedRobot(world=AS_TRAINED)
+        robot.reset(robot.data.qpos.copy())
         for k in range(250):
-            env.set_command(torch.tensor([[0.3, 0.0, 0.0]]))
-            sensors: dict[str, Any] = {"time": 0.02 * k}
-            for name in manager.sensors:
-                values = policy_sensors(env)[name][0].tolist()
-                sensors[name] = (
-                    dict(zip(manager.joint_names, values, strict=True)) if len(values) > 3 else values
-                )
-            if k % 50 == 49:
-                assert manager.switch_policy("ab"[k // 50 % 2 == 0], 0.1)
-            targets = torch.tensor([*manager.step(sensors).values()])
-            *_, terminated, _, _ = env.step(((targets - env.action_offset) / env.action_scale).view(1, -1))
-            assert not terminated.any(), f"fallen after {0.02 * k:.2f} s"
-        assert len(manager.history) == 5
-        assert env.simulation.qpos[0, :2].norm() > 1.0
+            if k % 100 == 99:
+                assert manager.switch_policy("ab"[k // 100 % 2 == 0])
+            robot.write(manager.step({**robot.read(), "command": (0.3, 0.0, 0.0)}), manager.gains)
+            robot.advance(0.02)
+            assert robot.tilt < math.radians(30.0), f"after {0.02 * k:.2f} s"
+        assert len(manager.history) == 2 and robot.data.qpos[0] > 0.8
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,12 @@ def test_an_engine_repeats_the_policy(copied: Path, policy: Path) -> None:
     except ImportError as error:
         pytest.skip(str(error))
     data, contract = read_policy_file(copied)
-    runner = PolicyRunner(copied, use_tensorrt=True)
+    try:
+        runner = PolicyRunner(copied, use_tensorrt=True)
+    except RuntimeError as error:
+        if "cannot load its engine" not in str(error):
+            raise
+        pytest.skip(f"a GPU that this TensorRT does not know: {error}")
     assert differs(runner._backend, contract) <= runner._backend.parity <= HALF_PARITY
     runner._backend._load(cached_engine(copied, data, contract["digest"]))
     assert differs(runner._backend, contract) <= PARITY

@@ -99,7 +99,7 @@ class Export:
 class Inspect:
     """Say what a policy file says of itself: robot, joints, gains, sensors, clocks, training."""
 
-    policy: tyro.conf.Positional[Path]
+    policy: tyro.conf.Positional[Path] = Path("policy.onnx")
     """ONNX file."""
     json: bool = False
     """The whole contract, as JSON."""
@@ -109,7 +109,7 @@ class Inspect:
 class Verify:
     """Try a policy file in a world that it was not trained in, beside the one it was; writes a page."""
 
-    policy: tyro.conf.Positional[Path]
+    policy: tyro.conf.Positional[Path] = Path("policy.onnx")
     """ONNX file; its plain form must lie beside it."""
     episodes: int = 100
     """Episodes in the training environment, and in the world that differs in everything."""
@@ -138,7 +138,7 @@ class Run:
     """Move a robot by a policy file, in real time: a simulated one, or one over UDP (docs/deploy.md).
     Ctrl-C, or Enter, brakes it."""
 
-    policy: tyro.conf.Positional[Path]
+    policy: tyro.conf.Positional[Path] = Path("policy.onnx")
     """ONNX file."""
     robot: Literal["sim", "udp"] = "sim"
     """sim: a simulated robot in a process of its own, reached as a real one is. udp: one that is there."""

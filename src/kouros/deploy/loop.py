@@ -1,4 +1,7 @@
-"""The real-time loop: a policy, a robot, absolute deadlines, and a safety layer between them."""
+"""The real-time loop: a policy, a robot, absolute deadlines, and a safety layer between them.
+
+The command line imports this for its options: NumPy waits until it is needed.
+"""
 
 from __future__ import annotations
 

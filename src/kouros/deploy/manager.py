@@ -57,7 +57,8 @@ class MultiPolicyManager:
 
     The policies may differ in sensors, histories, gains and rates. Each acts at its own rate from when it
     was switched in, and its targets are held in between; while a switch blends from one to the other, both
-    act. Time is counted in calls of :meth:`step`: a loop that stalls makes no target jump.
+    act, and whoever does not act is at its beginning. Time is counted in calls of :meth:`step`: a loop that
+    stalls makes no target jump.
 
     Args:
       control_dt: time between two calls of :meth:`step`, s; that of the fastest policy if None.
@@ -174,9 +175,11 @@ class MultiPolicyManager:
 
         Targets and gains of the k-th step from now are ``(1 - w) old + w new`` with ``w = k control_dt /
         blend_time``. The old policy acts on until the blend is over: targets that stand still for 0.3 s make
-        a robot at a fast walk fall. In the middle of another blend, ``old`` is the policy that was coming,
-        plus the constant by which what was last sent differed from it: targets never jump. Before the first
-        step there is nothing to blend from: the policy is the one to begin with.
+        a robot at a fast walk fall. It holds its last ones where a sensor that only it needs is missing or
+        wrong, and where it is itself the one to switch to. In the middle of another blend, ``old`` is the
+        policy that was coming, plus the constant by which what was last sent differed from it: targets never
+        jump. One that was coming but has not acted yet is passed over. Before the first step there is nothing
+        to blend from: the policy is the one to begin with.
 
         Args:
           name: of the policy.
@@ -193,8 +196,7 @@ class MultiPolicyManager:
         if name == self.active:
             return False
         if self._sent:
-            self.policies[name].reset()  # it may just have left
-            self._switch(name, blend_time, "asked", self._held)
+            self._switch(name, "asked", blend_time, self._time)
         else:
             self._first = name
             self.reset()
@@ -211,10 +213,11 @@ class MultiPolicyManager:
         self._since: dict[int, float] = {}
         self._held: Targets = {}
         self._sent: Targets = {}
-        self._from = self.gains
+        # Of a blend: who leaves, its targets, what is added to them, and the gains before it.
         self._leaving, self._leaving_ticks = "", 0
         self._old: Targets = {}
         self._owed: Targets = {}
+        self._from = self.gains
 
     def step(self, sensors: Sensors) -> Targets:
         """One control step: transitions, then the active policy, then the blend.
@@ -234,27 +237,25 @@ class MultiPolicyManager:
         """
         self._check(sensors)
         since, due = self._judge(sensors)
-        name, ticks = (due[0], 0) if due else (self.active, self._ticks)
-        policy, own, before = self.policies[name], self._those_of(name, sensors), self._held
+        name, why = due or (self.active, "")
+        policy, own = self.policies[name], self._those_of(name, sensors)
         if due:
-            policy.reset()  # it may just have left
-        if ticks % self._every[name]:
+            policy.read(own)  # what is wrong with them is found before anybody moves
+            self._switch(name, why, self.blend_time, sensors["time"])
+        if self._ticks % self._every[name]:
             policy.read(own)
         else:
             self._held = policy.act(own)
-        self._time, self._since = sensors["time"], since
-        if due:
-            self._switch(name, self.blend_time, due[1], before)
+        self._time, self._since = sensors["time"], {} if due else since
         self._ticks += 1
         self._sent, self.gains = self._held, policy.gains
         if self._ticks < self._blend:
             self._advance_leaving(sensors)
             old = {joint: self._old[joint] + self._owed[joint] for joint in self.joint_names}
-            self._sent = self._mixed(old, self._held)
-            self.gains = (
-                self._mixed(self._from[0], policy.gains[0]),
-                self._mixed(self._from[1], policy.gains[1]),
-            )
+            stiffness, damping = map(self._mixed, self._from, policy.gains)
+            self._sent, self.gains = self._mixed(old, self._held), (stiffness, damping)
+        elif self._leaving:
+            self._dismiss()
         return dict(self._sent)
 
     act = step
@@ -262,8 +263,9 @@ class MultiPolicyManager:
     def get_all_actions(self, sensors: Sensors) -> dict[str, Targets]:
         """What each policy would give for these sensors, by its name; none of them moves on.
 
-        The active one goes on from where it is, before the :meth:`step` with the same sensors; the others
-        begin. No rate and no blend: what the policies say, not what is sent.
+        The active one goes on from where it is, before the :meth:`step` with the same sensors, and so does
+        the one that leaves in a blend; the others begin. No rate and no blend: what the policies say, not
+        what is sent.
 
         Raises:
           SensorError: as :meth:`step`; where a sensor is missing, the policy that needs it is named.
@@ -310,18 +312,29 @@ class MultiPolicyManager:
                     return since, (target, why)
         return since, None
 
-    def _switch(self, name: str, blend_time: float, why: str, held: Targets) -> None:
-        """Make ``name`` the active one; ``held`` are the last targets of the one that leaves."""
-        self.history.append((self._time, self.active, name, why))
-        self._leaving, self._leaving_ticks, self._old = self.active, self._ticks, held
-        self._owed = {joint: self._sent[joint] - held[joint] for joint in self.joint_names}
-        self._from = self.gains
+    def _switch(self, name: str, why: str, blend_time: float, time: float) -> None:
+        """Make ``name`` the active one, and begin a blend from what was last sent."""
+        self.history.append((time, self.active, name, why))
+        if self._ticks:  # else it has not acted: who was leaving still is
+            self._dismiss()
+            self._leaving, self._leaving_ticks, self._old = self.active, self._ticks, self._held
+            self._owed = {joint: self._sent[joint] - self._held[joint] for joint in self.joint_names}
+            self._from = self.gains
+        if name == self._leaving:
+            self._dismiss()
+        self.policies[name].reset()
         self.active, self._ticks, self._since = name, 0, {}
-        self._blend = round(blend_time / self.control_dt)
+        self._blend = round(blend_time / self.control_dt) if self._sent else 0
+
+    def _dismiss(self) -> None:
+        """Who leaves acts no longer."""
+        if self._leaving:
+            self.policies[self._leaving].reset()
+        self._leaving = ""
 
     def _advance_leaving(self, sensors: Sensors) -> None:
-        """The old policy's step in a blend; where it lacks a sensor its targets are held."""
-        if self._leaving_ticks % self._every[self._leaving] == 0:
+        """The step of who leaves, if anybody does; where its sensors are missing or wrong, nothing moves."""
+        if self._leaving and self._leaving_ticks % self._every[self._leaving] == 0:
             with contextlib.suppress(SensorError):
                 self._old = self.policies[self._leaving].act(self._those_of(self._leaving, sensors))
         self._leaving_ticks += 1

@@ -25,6 +25,8 @@ PARITY = 1e-4
 # Beyond this (SI units) a number is no measurement, and its square no float32.
 LARGEST = 1e18
 
+FLOAT = np.dtype(np.float32)
+
 Sensors = Mapping[str, Any]
 Targets = dict[str, float]
 Gains = tuple[dict[str, float], dict[str, float]]
@@ -216,11 +218,12 @@ class PolicyRunner:
                 f"{self._path}: takes named sensors: use act(), or step() of the plain form beside it"
             )
         buffer = inputs["observation"][0]
-        with np.errstate(over="ignore"):  # what float32 has no room for is not finite
-            obs = np.asarray(obs, np.float32)
+        if not isinstance(obs, np.ndarray) or obs.dtype != FLOAT:
+            with np.errstate(over="ignore"):  # what float32 has no room for is not finite
+                obs = np.asarray(obs, FLOAT)
         if obs.shape[-1:] != buffer.shape or obs.ndim not in (1, 2):
             raise ValueError(f"obs of shape {obs.shape}: expected ({len(buffer)},) or (n, {len(buffer)})")
-        if not np.isfinite(obs).all():
+        if not (isfinite(sum(obs.tolist())) if obs.ndim == 1 else np.isfinite(obs).all()):
             raise ValueError("obs: not finite")
         if obs.ndim == 2:
             return self._backend.many({"observation": obs})["action_mean"]
@@ -257,7 +260,8 @@ class PolicyRunner:
     def _wrong(self, name: str, value: Any) -> str:
         """What is wrong with the value of a sensor; empty if nothing is."""
         if name == "time":
-            if not _size(value) < math.inf:
+            size = _size(value)
+            if size is None or not size < math.inf:
                 return f"time={value!r}: not a finite number of seconds"
             stale = not value > self._time
             return f"time={value!r}: stale, the last sensors were of {self._time!r}" if stale else ""
@@ -272,7 +276,7 @@ class PolicyRunner:
             return f"{name} of shape {shape}: expected 3 numbers"
         for place in places:
             size = _size(value[place])
-            if math.isnan(size):
+            if size is None:
                 return f"{name}[{place}]={value[place]!r}: not a number"
             if not size < LARGEST:
                 return f"{name}[{place}]={value[place]!r}: not finite, or beyond {LARGEST:g}"
@@ -324,14 +328,14 @@ def joints_getter(names: tuple[str, ...]) -> Callable[[Mapping[str, float]], tup
     return getter if len(names) > 1 else lambda values: (getter(values),)
 
 
-def _size(value: Any) -> float:
-    """The absolute value, NaN for what is no number."""
+def _size(value: Any) -> float | None:
+    """The absolute value, None for what is no number."""
     try:
         return math.hypot(value)
     except OverflowError:
         return math.inf
     except (TypeError, ValueError):
-        return math.nan
+        return None
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
