@@ -671,8 +671,7 @@ class TestRun:
         result.braked(SAID[fault])
         report = json.loads(path.read_text())
         assert report["fault"] is True
-        # The robot's clock and ours need not agree on half a second, nor on when it began.
-        assert 0.3 < 0.02 * (len(report["sent"]) + report["missed"]) < 1.3
+        assert 10 < len(report["sent"]) < 90  # neither at once nor at the end
         garbage = re.search(r"datagrams that were no messages: (\d+)", result.out)
         assert garbage and (int(garbage[1]) > 0) == (fault == "garbage")
 
