@@ -62,7 +62,8 @@ class MultiPolicyManager:
 
     Args:
       control_dt: time between two calls of :meth:`step`, s; that of the fastest policy if None.
-      blend_time: how long a switch takes, s, rounded to whole steps; 0: at once.
+      blend_time: how long a switch takes, s, rounded to whole steps; 0: at once, the safest for a robot in
+        mid-stride (docs/several-policies.md).
 
     Attributes:
       policies: the :class:`PolicyRunner` of each name.
@@ -78,7 +79,7 @@ class MultiPolicyManager:
       ValueError: a time that is not one.
     """
 
-    def __init__(self, control_dt: float | None = None, blend_time: float = 0.3) -> None:
+    def __init__(self, control_dt: float | None = None, blend_time: float = 0.0) -> None:
         if control_dt is not None and not 0.0 < control_dt < math.inf:
             raise ValueError(f"control_dt={control_dt!r}: must be greater than 0 and finite, s")
         self._given, self.control_dt = control_dt, control_dt or 0.0
@@ -174,12 +175,12 @@ class MultiPolicyManager:
         """Make another policy the active one, from its beginning, from the next step on.
 
         Targets and gains of the k-th step from now are ``(1 - w) old + w new`` with ``w = k control_dt /
-        blend_time``. The old policy acts on until the blend is over: targets that stand still for 0.3 s make
-        a robot at a fast walk fall. It holds its last ones where a sensor that only it needs is missing or
-        wrong, and where it is itself the one to switch to. In the middle of another blend, ``old`` is the
-        policy that was coming, plus the constant by which what was last sent differed from it: targets never
-        jump. One that was coming but has not acted yet is passed over. Before the first step there is nothing
-        to blend from: the policy is the one to begin with.
+        blend_time``, at most 1. The old policy acts on until the blend is over; it holds its last targets
+        where a sensor that only it needs is missing or wrong, and where it is itself the one to switch to. In
+        the middle of another blend, ``old`` is the policy that was coming, plus the constant by which what
+        was last sent differed from it: in a blend targets never jump. One that was coming but has not acted
+        yet is passed over. Before the first step there is nothing to blend from: the policy is the one to
+        begin with.
 
         Args:
           name: of the policy.
