@@ -14,27 +14,17 @@ import pytest
 import torch
 
 from kouros.deploy import tensorrt
-from kouros.deploy.export import OnnxExporter, plain_path
+from kouros.deploy.export import plain_path
 from kouros.deploy.policy_file import read_policy_file
 from kouros.deploy.runner import PARITY, PolicyRunner, _Onnx, differs
 from kouros.deploy.tensorrt import HALF_PARITY, Engine, build_engine, cached_engine, read_trusted
-from kouros.envs.contract import record_policy
-from kouros.learning.run import load_policy
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    actor, config, contract = load_policy("walk")
-    path = tmp_path_factory.mktemp("exported") / "policy.onnx"
-    OnnxExporter(actor, contract).export(path, record_policy(actor.act, config, steps=50))
-    return path
 
 
 @pytest.fixture
-def copied(policy: Path, tmp_path: Path) -> Path:
+def copied(exported: Path, tmp_path: Path) -> Path:
     """The policy file in a folder without engines."""
-    path = tmp_path / policy.name
-    path.write_bytes(policy.read_bytes())
+    path = tmp_path / exported.name
+    path.write_bytes(exported.read_bytes())
     return path
 
 
@@ -54,11 +44,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return engines
 
 
-def test_a_missing_library_is_said_in_one_line(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_said_in_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in tensorrt.LIBRARIES:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="TensorRT is not installed: pip install tensorrt-rtx") as error:
-        PolicyRunner(policy, use_tensorrt=True)
+        PolicyRunner(exported, use_tensorrt=True)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="TensorRT builds from a policy file: kouros export walk"):
         PolicyRunner("walk", use_tensorrt=True)
@@ -169,9 +159,9 @@ def test_an_engine_is_built_once(copied: Path, monkeypatch: pytest.MonkeyPatch, 
     assert len(calls) == 3 and len([*copied.parent.glob("*.engine")]) == 2
 
 
-def test_both_forms_are_built_and_half_is_smaller(policy: Path) -> None:
+def test_both_forms_are_built_and_half_is_smaller(exported: Path) -> None:
     an_engine_library()
-    for path in (policy, plain_path(policy)):
+    for path in (exported, plain_path(exported)):
         single, half = (build_engine(path.read_bytes(), half) for half in (False, True))
         assert len(half) < 0.9 * len(single)  # weights of 2 bytes
 
@@ -191,7 +181,7 @@ def test_without_a_gpu_it_says_so(copied: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_an_engine_repeats_the_policy(copied: Path, policy: Path) -> None:
+def test_an_engine_repeats_the_policy(copied: Path, exported: Path) -> None:
     """On a GPU: both precisions, both forms, and any number of rows."""
     try:
         tensorrt.library()
@@ -207,7 +197,7 @@ def test_an_engine_repeats_the_policy(copied: Path, policy: Path) -> None:
     assert differs(runner._backend, contract) <= runner._backend.parity <= HALF_PARITY
     runner._backend._load(cached_engine(copied, data, contract["digest"]))
     assert differs(runner._backend, contract) <= PARITY
-    plain = plain_path(policy)
+    plain = plain_path(exported)
     obs = np.random.default_rng(0).standard_normal((2500, 98), np.float32)
     found = PolicyRunner(plain, use_tensorrt=True).step(obs)
     np.testing.assert_allclose(found, PolicyRunner(plain).step(obs), rtol=0.01, atol=10 * HALF_PARITY)

@@ -20,6 +20,7 @@ from kouros.deploy.loop import LoopConfig, Safety
 from kouros.deploy.policy_file import plain_path, read_policy_file
 from kouros.deploy.runner import PolicyRunner
 from kouros.deploy.simulator import AS_TRAINED, SimulatedRobot, World
+from kouros.envs.config import BENDS, by_part
 from kouros.files import replacing
 
 # A policy that survives less often than this in a world is broken by it.
@@ -140,7 +141,7 @@ def compare_first_targets(path: Path, states: int = 32) -> float:
     """
     import torch
 
-    from kouros.envs.contract import LEARNT, policy_contract, policy_sensors
+    from kouros.envs.contract import first_difference, policy_sensors
     from kouros.envs.wrappers import make_policy_env
 
     runner = PolicyRunner(path)
@@ -150,9 +151,8 @@ def compare_first_targets(path: Path, states: int = 32) -> float:
     config = dataclasses.replace(_environment(runner.contract), num_envs=states)
     env = make_policy_env(config, runner.contract.get("statistics"))
     for file, contract in ((path, runner.contract), (plain_path(path), plain.contract)):
-        for name, ours in policy_contract(env).items():
-            if name not in LEARNT and contract.get(name) != ours:
-                raise RuntimeError(f"{file}: its {name} is not that of the training environment")
+        if name := first_difference(contract, env):
+            raise RuntimeError(f"{file}: its {name} is not that of the training environment")
     env.reset(seed=0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):  # somewhere, in motion
@@ -264,9 +264,8 @@ def commands(contract: Mapping[str, Any], random: np.random.Generator) -> Iterat
     dt, env, names = contract["control_dt"], contract["environment"], contract["joint_names"]
     default, (low, high) = np.array(contract["default_joint_pos"]), np.array(contract["joint_range"]).T
     slowest, fastest = np.array(contract["command_range"]).T
-    bends = {"hip_pitch": -0.5, "knee": 1.0, "ankle_pitch": -0.5}
-    reach = np.array([next((r for part, r in env["pose_range"].items() if part in n), 0.0) for n in names])
-    bend = np.array([next((b for part, b in bends.items() if part in n), 0.0) for n in names])
+    reach = np.array(by_part("pose_range", env["pose_range"], names))
+    bend = np.array(by_part("crouch", BENDS if any(env["crouch"]) else {}, names))
     pose, tick = default.copy(), 0
     while True:
         if tick % round(COMMAND_TIME / dt) == 0:

@@ -15,6 +15,7 @@ from torch import nn
 
 from kouros.checks import check_choice
 from kouros.deploy.policy_file import NO_DIGEST, PRODUCER, pack, plain_path, signed
+from kouros.deploy.runner import JOINT_SENSORS
 from kouros.files import replacing
 from kouros.normalizer import Normalizer
 from kouros.physics.kinematics import SitePositions
@@ -32,7 +33,6 @@ SENSORS = {
     "joint_pos": "rad",
     "joint_vel": "rad/s",
 }
-JOINT_SENSORS = ("pose_command", "joint_pos", "joint_vel")
 STATE_TERMS = ("gait_phase", "last_action")
 WRAPPERS = ("kinematic", "history", "normalize")
 

@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -18,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kouros.checks import require, require_numbers
+from kouros.deploy.udp import Gains
+from kouros.signals import interrupted
 
 if TYPE_CHECKING:
     from kouros.deploy.runner import Sensors, Targets
-
-Gains = tuple[Mapping[str, float], Mapping[str, float]]
 
 # Wake so long (s) before a deadline, run the policy once for nothing, and spin: the caches are warm then, and
 # no timer is late.
@@ -427,22 +426,12 @@ def realtime_priority() -> Iterator[bool]:
 def operator_stop() -> Iterator[Callable[[], bool]]:
     """Whether the operator has said stop: Ctrl-C, SIGTERM, or Enter in a terminal. A second Ctrl-C is an
     exception, as always; :func:`run_loop` brakes before it goes on."""
-    stopped = threading.Event()
+    with interrupted() as stopped:
 
-    def handler(number: int, frame: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
+        def wait_for_enter() -> None:
+            if sys.stdin.readline():
+                stopped.set()
 
-    def wait_for_enter() -> None:
-        if sys.stdin.readline():
-            stopped.set()
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    if sys.stdin is not None and sys.stdin.isatty():
-        threading.Thread(target=wait_for_enter, daemon=True).start()
-    try:
+        if sys.stdin is not None and sys.stdin.isatty():
+            threading.Thread(target=wait_for_enter, daemon=True).start()
         yield stopped.is_set
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -26,7 +26,7 @@ def upright(sensors: Sensors) -> bool:
 
 
 def disturbed(sensors: Sensors) -> bool:
-    """Tilted by more than 20 degrees, or rolling and pitching at more than 2.5 rad/s (who walks: at 1.7)."""
+    """Tilted by more than 20 degrees, or rolling and pitching at more than 2.5 rad/s (walking: up to 2.7)."""
     roll, pitch, _ = sensors["base_ang_vel"]
     return _tilt(sensors) > math.radians(20.0) or math.hypot(roll, pitch) > 2.5
 

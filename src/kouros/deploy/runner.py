@@ -101,7 +101,6 @@ class PolicyRunner:
         inputs, outputs = self._backend.inputs, self._backend.outputs
         self.sensors: tuple[str, ...] = tuple(name for name in inputs if name not in ("observation", "state"))
         self._expected = {"time", *self.sensors}
-        self._sizes = {name: inputs[name].shape[1] for name in self.sensors}
         self._vectors = tuple(name for name in self.sensors if name not in JOINT_SENSORS)
         self._joints = tuple(name for name in self.sensors if name in JOINT_SENSORS)
         self._in_order = joints_getter(self.joint_names)
@@ -109,7 +108,7 @@ class PolicyRunner:
             # The sensors are the first part of one array: all are written at once. As memory, not through
             # NumPy, whose calls cost more than so few numbers do.
             self._flat = memoryview(inputs[self.sensors[0]].base)
-            self._write = struct.Struct(f"{sum(self._sizes.values())}f").pack_into
+            self._write = struct.Struct(f"{sum(inputs[name].size for name in self.sensors)}f").pack_into
             self._state, self._next_state = (
                 memoryview(array).cast("B") for array in (inputs["state"], outputs["next_state"])
             )

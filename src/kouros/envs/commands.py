@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.config import BENDS, HumanoidEnvConfig, by_part
 from kouros.physics.rotations import yaw_of
 from kouros.robots import Robot
 
@@ -122,7 +122,7 @@ class PoseCommands:
 
         self._default = constant(robot.default_joint_pos)
         self._range = constant(by_part("pose_range", config.pose_range, robot.joint_names))
-        bends = {"hip_pitch": -0.5, "knee": 1.0, "ankle_pitch": -0.5} if any(config.crouch) else {}
+        bends = BENDS if any(config.crouch) else {}
         self._bends = constant(by_part("crouch", bends, robot.joint_names))
         self._low, self._high = constant(robot.joint_range).unbind(-1)
         self.pose = self._default.repeat(config.num_envs, 1)
@@ -147,15 +147,3 @@ class PoseCommands:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What one step leaves for the next."""
         return {"pose": self.pose, "goal": self.goal}
-
-
-def by_part(field: str, weights: dict[str, float], names: tuple[str, ...]) -> list[float]:
-    """The weight of each name: that of the first key that is part of it, else 0.
-
-    Raises:
-      ValueError: a key is part of no name.
-    """
-    for part in weights:
-        if not any(part in name for name in names):
-            raise ValueError(f"{field}: {part!r} matches no joint of {', '.join(names)}")
-    return [next((w for part, w in weights.items() if part in name), 0.0) for name in names]

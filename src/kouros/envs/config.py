@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 from kouros.checks import check_choice, require, require_numbers, require_range
@@ -507,6 +507,22 @@ class HumanoidEnvConfig:
         names = [entry.partition(":")[0] for entry in self.wrappers]
         require(self, "wrappers", len(set(names)) == len(names), "each may be there once")
         require(self, "fall_tilt", 0 < self.fall_tilt <= math.pi, "must lie in (0, pi] rad")
+
+
+# How far a crouch bends a joint for each rad of the knees, by part of its name: the soles stay flat.
+BENDS = {"hip_pitch": -0.5, "knee": 1.0, "ankle_pitch": -0.5}
+
+
+def by_part(field: str, weights: dict[str, float], names: Sequence[str]) -> list[float]:
+    """The weight of each name: that of the first key that is part of it, else 0.
+
+    Raises:
+      ValueError: a key is part of no name.
+    """
+    for part in weights:
+        if not any(part in name for name in names):
+            raise ValueError(f"{field}: {part!r} matches no joint of {', '.join(names)}")
+    return [next((w for part, w in weights.items() if part in name), 0.0) for name in names]
 
 
 # What leaves a robot alone: to be seen and recorded.

@@ -68,12 +68,18 @@ def check_contract(saved: object, env: Env, where: str) -> None:
     """Raise ``ValueError``, naming the first difference, unless ``saved`` is the contract of ``env``,
     :data:`LEARNT` left aside."""
     saved = require_version(saved, where)
-    for name, ours in policy_contract(env).items():
-        if name not in LEARNT and saved.get(name) != ours:
-            raise ValueError(
-                f"{where}: of another contract: {name}={saved.get(name)!r} there, {ours!r} here; "
-                "install the version of Kouros that wrote it"
-            )
+    if name := first_difference(saved, env):
+        ours = policy_contract(env)[name]
+        raise ValueError(
+            f"{where}: of another contract: {name}={saved.get(name)!r} there, {ours!r} here; "
+            "install the version of Kouros that wrote it"
+        )
+
+
+def first_difference(saved: dict[str, Any], env: Env) -> str:
+    """The first entry of a contract that is not as in ``env``, :data:`LEARNT` left aside; empty if none."""
+    ours = policy_contract(env)
+    return next((name for name in ours if name not in LEARNT and saved.get(name) != ours[name]), "")
 
 
 def require_version(saved: object, where: str) -> dict[str, Any]:

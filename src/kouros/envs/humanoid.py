@@ -15,8 +15,8 @@ from gymnasium.vector.utils import batch_space
 
 from kouros.checks import check_choice, require, require_state
 from kouros.envs.actuators import Actuators
-from kouros.envs.commands import PoseCommands, VelocityCommands, by_part
-from kouros.envs.config import HumanoidEnvConfig
+from kouros.envs.commands import PoseCommands, VelocityCommands
+from kouros.envs.config import HumanoidEnvConfig, by_part
 from kouros.envs.curriculum import RunningCurriculum
 from kouros.envs.observations import OBSERVATIONS, SCAN_X, SCAN_Y, reflection
 from kouros.envs.randomization import DomainRandomizer

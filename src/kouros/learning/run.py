@@ -7,9 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
 from kouros.learning.networks import ActorNetwork, CriticNetwork
 from kouros.learning.ppo import PPOAgent
+from kouros.signals import interrupted
 
 # What the display shows: (title, key in the log, format).
 COLUMNS = (
@@ -129,9 +128,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             if agent.iteration - saved >= config.save_interval:
                 save()
                 logger.plot(every=PLOT_INTERVAL)
-            return interrupted() or agent.total_steps >= steps or minutes >= config.minutes
+            return stop.is_set() or agent.total_steps >= steps or minutes >= config.minutes
 
-        with _finish_iteration_on_interrupt() as interrupted:
+        with interrupted() as stop:  # after the iteration in hand
             remaining = max(0, math.ceil((steps - agent.total_steps) / agent.samples))
             if not remaining:
                 console.print(f"{agent.total_steps:,} control steps are done; --steps N goes further")
@@ -139,7 +138,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             agent.train(remaining, after_iteration, config.log_interval)
             save()
             logger.plot()
-    if interrupted():
+    if stop.is_set():
         console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
     return folder
 
@@ -382,27 +381,6 @@ class _Display:
         if key == "time":
             return " / ".join(f"{log[f'time/{part}']:.3f}" for part in ("rollout", "learning"))
         return form.format(log[key]) if key in log else "-"
-
-
-@contextlib.contextmanager
-def _finish_iteration_on_interrupt() -> Iterator[Any]:
-    """Ctrl-C and SIGTERM end the run after the iteration in hand; a second one at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # no signals to be had there
-        yield lambda: False
-        return
-
-    def handler(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 def load_policy(path: str | Path) -> tuple[ActorNetwork, HumanoidEnvConfig, dict[str, Any]]:
