@@ -53,6 +53,7 @@ class UdpRobot:
 
     def __init__(self, address: Address, contract: Mapping[str, Any], timeout: float = 3.0) -> None:
         self.address, self.garbage = address, 0
+        self._gains: tuple[Gains | None, bytes] = (None, b"")
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             try:
@@ -120,8 +121,11 @@ class UdpRobot:
 
     def write(self, mode: str, targets: Mapping[str, float], gains: Gains) -> None:
         """Command the servos: targets (rad), stiffness (N m/rad) and damping (N m s/rad) by joint."""
-        stiffness, damping = gains
-        message = encode("command", mode=mode, targets=targets, stiffness=stiffness, damping=damping)
+        if gains != self._gains[0]:  # two thirds of a message, nearly always those of the last one
+            stiffness, damping = ({**each} for each in gains)
+            text = json.dumps({"stiffness": stiffness, "damping": damping}, separators=(",", ":"))
+            self._gains = (stiffness, damping), text[1:].encode()
+        message = encode("command", mode=mode, targets=targets)[:-1] + b"," + self._gains[1]
         with contextlib.suppress(ConnectionRefusedError, BlockingIOError):
             self._socket.send(message)
 
