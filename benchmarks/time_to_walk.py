@@ -56,7 +56,7 @@ def trained(seed: int, config: Config) -> Path:
     if rows and rows[-1]["steps"] * 1e6 >= steps:
         return folder
     run = train_defaults(device)
-    run.steps, run.device, run.keep = steps, device, True
+    run.steps, run.device, run.keep = steps, device, -1
     run.save_interval = max(1, int(config.every / (run.env.num_envs * run.ppo.horizon)))
     if (folder / "checkpoint.pt").exists():
         return train(dataclasses.replace(run, resume=folder))
@@ -68,7 +68,7 @@ def trained(seed: int, config: Config) -> Path:
 def tested(folder: Path, config: Config) -> list[dict]:
     """The tests of a run's policies until one is passed, and of the last."""
     rows = {int(row["iteration"]): row for row in read_metrics(folder / "metrics.jsonl")}
-    policies = sorted(folder.glob("policy-*.pt"))
+    policies = sorted(folder.glob("checkpoint-*.pt"))
     tests: list[dict] = []
     for path in policies:
         row = rows.get(int(path.stem.partition("-")[2]))

@@ -25,7 +25,7 @@ from kouros.learning.networks import (
     project,
     reflection,
 )
-from kouros.learning.ppo import PPOAgent, compute_gae
+from kouros.learning.ppo import PPOAgent, _Learner, compute_gae
 
 SMALL = PPOConfig(horizon=8, epochs=2, minibatches=2, actor_hidden=(16, 8), critic_hidden=(16, 8))
 
@@ -237,51 +237,90 @@ def test_rollout_never_crosses_an_episode(mode: AutoresetMode) -> None:
     assert (rollout.obs[0] == 0.0).all()
 
 
-def test_gradient_of_the_actor_loss_by_finite_differences() -> None:
-    """The step that descends on the loss is along minus its numerical gradient."""
-    env = Target()
-    agent = PPOAgent(env, SMALL)
-    rollout = agent.collect_rollouts()
-    batch = {
-        "obs": rollout.obs.flatten(0, 1).double(),
-        "actions": rollout.actions.flatten(0, 1).double(),
-        "log_probs": rollout.log_probs.flatten().double() + 0.1,
-        "advantages": torch.randn(512, dtype=torch.float64),
-    }
-    agent.actor.double()
-    weight = agent.actor.mlp[0].weight
+def random_batch(seed: int, n: int = 64) -> tuple[PPOAgent, dict[str, torch.Tensor]]:
+    """An agent in float64 and samples of which many are beyond the clip, on either side."""
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, entropy_weight=0.01), seed)
+    agent.actor.double(), agent.critic.double()
+    generator = torch.Generator().manual_seed(seed)
 
-    def loss() -> torch.Tensor:
-        a = batch["advantages"]
-        log_std = agent.actor.log_std
-        ratio = (
-            log_prob(batch["actions"], agent.actor.mlp(batch["obs"]), log_std) - batch["log_probs"]
-        ).exp()
-        pulled = torch.min(a * ratio, a * ratio.clip(1 - SMALL.clip, 1 + SMALL.clip)).mean()
-        return -pulled - SMALL.entropy_weight * entropy(log_std)
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    batch = {"obs": normal(n, 2), "critic_obs": normal(n, 2), "actions": normal(n, 2)}
     with torch.no_grad():
-        step = 1e-6
-        numerical = []
-        for i, j in ((0, 0), (3, 1), (7, 0)):
-            weight[i, j] += step
-            up = loss()
-            weight[i, j] -= 2 * step
-            numerical.append(((up - loss()) / (2 * step)).item())
-            weight[i, j] += step
+        mean = agent.actor.mlp(batch["obs"])
+        batch["log_probs"] = log_prob(batch["actions"], mean, agent.actor.log_std) + 0.3 * normal(n)
+        batch["values"] = agent.critic.mlp(batch["critic_obs"])[:, 0] + 0.4 * normal(n)
+    batch["advantages"], batch["returns"] = normal(n), batch["values"] + normal(n)
+    return agent, batch
 
-    learner = agent._actor_learner
-    seen: list[torch.Tensor] = []
 
-    def keep(total: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.autograd.grad(total, weight)[0])
-        return torch.zeros(())
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_diagnostics_equal_numpys(seed: int) -> None:
+    """Schulman et al. 2017, equations 7 and 9, sample by sample, with SciPy's densities."""
+    agent, batch = random_batch(seed)
+    clip, rows = agent.config.clip, torch.arange(0, 64, 2)
+    sample = {name: values[rows].numpy() for name, values in batch.items()}
+    with torch.no_grad():
+        mean, std = agent.actor.mlp(batch["obs"][rows]).numpy(), agent.actor.log_std.exp().numpy()
+        value = agent.critic.mlp(batch["critic_obs"][rows])[:, 0].numpy()
+    pulled, kl, beyond, errors = [], [], [], []
+    for i in range(len(rows)):
+        new = scipy.stats.norm(mean[i], std).logpdf(sample["actions"][i]).sum()
+        ratio = np.exp(new - sample["log_probs"][i])
+        a, old, target = (sample[name][i] for name in ("advantages", "values", "returns"))
+        pulled.append(min(a * ratio, a * min(max(ratio, 1 - clip), 1 + clip)))
+        kl.append(ratio - 1 - np.log(ratio))
+        beyond.append(abs(ratio - 1) > clip)
+        near = old + min(max(value[i] - old, -clip), clip)
+        errors.append(max((value[i] - target) ** 2, (near - target) ** 2))
+    spread = scipy.stats.norm(0, std).entropy().sum()
+    assert 0.2 < np.mean(beyond) < 0.9
+    loss, log = agent._actor_loss(batch, rows)
+    assert loss.item() == pytest.approx(-np.mean(pulled) - 0.01 * spread)
+    assert [x.item() for x in log] == pytest.approx([-np.mean(pulled), spread, np.mean(kl), np.mean(beyond)])
+    assert agent._critic_loss(batch, rows)[0].item() == pytest.approx(np.mean(errors))
+    agent.config.value_clip = False
+    plain = np.mean((value - sample["returns"]) ** 2)
+    assert agent._critic_loss(batch, rows)[0].item() == pytest.approx(plain)
 
-    learner.descend = keep  # type: ignore[method-assign]
-    agent._actor_gradients(batch, [torch.arange(512)])
-    assert numerical == pytest.approx(
-        [seen[0][i].item() for i in ((0, 0), (3, 1), (7, 0))], rel=1e-4, abs=1e-8
-    )
+
+@pytest.mark.parametrize("which", ["actor", "critic"])
+def test_gradients_by_finite_differences(which: str) -> None:
+    agent, batch = random_batch(5)
+    loss_of = getattr(agent, f"_{which}_loss")
+    network, rows = getattr(agent, which), torch.arange(64)
+    parameters = list(network.parameters())
+    slopes = torch.autograd.grad(loss_of(batch, rows)[0], parameters)
+    with torch.no_grad():
+        for p, slope in zip(parameters, slopes, strict=True):
+            place = tuple(int(i) for i in np.unravel_index(int(slope.abs().argmax()), slope.shape))
+            p[place] += 1e-6
+            up = loss_of(batch, rows)[0]
+            p[place] -= 2e-6
+            down = loss_of(batch, rows)[0]
+            p[place] += 1e-6
+            assert slope[place].item() == pytest.approx((up - down).item() / 2e-6, rel=1e-4, abs=1e-8)
+
+
+def test_a_step_goes_down_the_clipped_gradient() -> None:
+    """The first step of Adam, with the gradient's norm clipped, computed by torch's own."""
+    _, batch = random_batch(6)
+    twin = torch.nn.Linear(3, 1)
+    learner = _Learner(torch.nn.Linear(3, 1), dataclasses.replace(SMALL, max_grad_norm=0.1), None, 1)
+    twin.load_state_dict(dict(zip(("weight", "bias"), (p.clone() for p in learner.parameters), strict=True)))
+    optimizer = torch.optim.Adam(twin.parameters(), lr=SMALL.learning_rate, eps=1e-5)
+    x = batch["obs"][:, :1].float() * torch.tensor([[1.0, 2.0, -1.0]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        twin(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        optimizer.step()
+        weight, bias = learner.parameters
+        learner.differentiate(torch.nn.functional.linear(x, weight, bias).square().mean())
+        learner.step(())
+        for ours, theirs in zip(learner.parameters, twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_a_bad_gradient_is_skipped_and_counted() -> None:
@@ -298,6 +337,34 @@ def test_a_bad_gradient_is_skipped_and_counted() -> None:
     rollout = agent.collect_rollouts()
     agent.update(rollout)
     assert not torch.equal(agent.actor.mlp[0].weight, before[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+@pytest.mark.parametrize("where", ["reward", "observation"])
+def test_a_faulty_world_is_ended_counted_and_alone(bad: float, where: str) -> None:
+    """Of anybody's environment: nothing that is not finite reaches networks, normalizers or the log."""
+
+    class Faulty(Target):
+        def step(self, actions):
+            obs, rewards, terminated, truncated, _ = super().step(actions)
+            terminated[:] = False
+            obs = obs.copy()
+            (rewards if where == "reward" else obs)[3] = bad
+            return obs, rewards, terminated, truncated, {}
+
+    agent = PPOAgent(Faulty(), SMALL)
+    logs: list[dict[str, float]] = []
+    rollout = agent.collect_rollouts()
+    others = torch.arange(64) != 3
+    assert rollout.terminated[:, 3].all()
+    assert not rollout.done[:, others].any()
+    assert (rollout.rewards[:, 3] == 0.0).all()
+    assert (rollout.rewards[:, others] != 0.0).all()
+    agent.train(2, logs.append)
+    assert logs[1]["task/faulty_steps"] == SMALL.horizon
+    assert logs[1]["learning/skipped_updates"] == 0
+    assert all(np.isfinite(value) for log in logs for value in log.values())
+    assert torch.isfinite(agent.actor.normalizer.variance).all()
 
 
 @pytest.mark.parametrize(("target", "direction"), [(1e-9, -1), (1e3, 1), (0.0, 0)])

@@ -13,13 +13,19 @@ import pytest
 import torch
 
 from conftest import make_env, random_actions
-from kouros.envs.config import ROUGH_TYPES, HumanoidEnvConfig, RandomizationConfig, TerrainConfig, walk_rough
+from kouros.envs.config import (
+    ROUGH_TYPES,
+    HumanoidEnvConfig,
+    RandomizationConfig,
+    TerrainConfig,
+    from_plain,
+    walk_rough,
+)
 from kouros.envs.evaluation import _Soles, evaluate_walk
 from kouros.envs.humanoid import HumanoidBaseEnv
 from kouros.envs.observations import OBSERVATIONS, SCAN_LIMIT, SCAN_X, SCAN_Y
 from kouros.envs.scene import ground_geoms, make_model
 from kouros.envs.terrain import PIT, RASTER, SPAWN_NOISE, TILES, Ground, Terrain, add_to, make_terrain
-from kouros.learning.run import from_plain
 from kouros.physics.rotations import rotate, yaw_of
 from kouros.physics.simulation import make_simulation
 from kouros.robots.robot import Robot

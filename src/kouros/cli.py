@@ -83,6 +83,8 @@ class Play:
     """Of that ground, 0 to 1 on the scale that the policy was trained with."""
     viewer: bool = False
     """Open MuJoCo's viewer instead of writing a video; needs a display."""
+    replay: Path | None = None
+    """Instead of a policy, sick-ITERATION.npz of a run: what a world did before it turned sick, slowly."""
 
 
 @dataclasses.dataclass
@@ -278,9 +280,15 @@ def _suite_table(results: dict[str, WalkResult], config: Eval) -> Table:
 
 
 def play(config: Play) -> None:
-    from kouros.envs.play import open_viewer, write_video
+    from kouros.envs.play import open_viewer, write_replay, write_video
+    from kouros.envs.replay import Replay
     from kouros.learning.run import load_policy
 
+    if config.replay:
+        output = config.output or config.replay.with_suffix(".mp4")
+        print(write_replay(Replay.load(config.replay), output, (config.width, config.height)))
+        print(f"saved {output}")
+        return
     actor, env_config, contract = load_policy(config.policy)
     statistics = contract.get("statistics")
     ground = TerrainConfig()

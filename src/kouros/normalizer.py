@@ -32,10 +32,16 @@ class Normalizer(nn.Module):
         """Take in ``(n, size)`` observations."""
         if batch.dim() != 2 or batch.shape[1] != len(self.mean):
             raise ValueError(f"batch of shape {tuple(batch.shape)}: expected (n, {len(self.mean)})")
-        n = len(batch)
+        self.merge(batch.mean(0), batch.var(0, correction=0), len(batch))
+
+    @torch.no_grad()
+    def merge(self, mean: torch.Tensor, variance: torch.Tensor, n: int) -> None:
+        """Take in ``n`` observations of that mean and variance, ``(size,)`` each."""
+        if mean.shape != self.mean.shape or variance.shape != self.mean.shape:
+            raise ValueError(f"mean of shape {tuple(mean.shape)}: expected {tuple(self.mean.shape)}")
         total = self.count + n
-        delta = batch.mean(0) - self.mean
-        within = self.variance * self.count + batch.var(0, correction=0) * n
+        delta = mean - self.mean
+        within = self.variance * self.count + variance * n
         between = delta.square() * self.count * n / total
         self.variance.copy_((within + between) / total)
         self.mean.add_(delta * n / total)

@@ -194,8 +194,7 @@ def _plain(path: Path) -> PolicyRunner:
 
 def _environment(contract: Mapping[str, Any]) -> Any:
     """The training environment of a policy file, without what disturbs the robot."""
-    from kouros.envs.config import CALM, HumanoidEnvConfig
-    from kouros.learning.run import from_plain
+    from kouros.envs.config import CALM, HumanoidEnvConfig, from_plain
 
     config = from_plain(HumanoidEnvConfig, {**contract["environment"], "engine": "auto"})
     return dataclasses.replace(config, harness=0.0, **CALM)

@@ -595,3 +595,22 @@ TASKS: dict[str, Callable[[], HumanoidEnvConfig]] = {
     "walk-rough": walk_rough,
     "stand": stand,
 }
+
+
+def from_plain(cls: type, values: dict[str, Any]) -> Any:
+    """A configuration from plain data: JSON knows no tuples.
+
+    Raises:
+      ValueError: a field this version does not have.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
+    hints = get_type_hints(cls)
+
+    def made(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hints[name]):
+            return from_plain(hints[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: made(name, value) for name, value in values.items()})

@@ -11,6 +11,8 @@ import torch
 from kouros.checks import require, require_numbers
 from kouros.envs.config import CURRICULUM_FIELDS, CurriculumConfig
 
+# From the numbers of this process to those of each that trains with it.
+Everywhere = Callable[[list[float]], list[list[float]]]
 # Of the way that its commands asked for, a robot that follows them makes at least this share. A robot
 # that stands still keeps its velocity error small where commands are slow.
 FOLLOWED = 0.5
@@ -245,19 +247,23 @@ class RunningCurriculum:
         self._way.masked_fill_(mask, 0.0)
         self._ended.masked_fill_(mask & (self._ended < 0), 0)
 
-    def advance(self) -> dict[str, float]:
+    def advance(self, everywhere: Everywhere = lambda counts: [counts]) -> dict[str, float]:
         """End the round, if every world has ended an episode, and bring what comes of it into force.
 
         Waits for the device: not for within a step.
+
+        Args:
+          everywhere: of several processes that train together, from the numbers of this one to those of each.
 
         Returns:
           For the log: ``curriculum/stage`` (index), ``curriculum/progress`` (0 to 1) and
           ``curriculum/success``, the success rate of the last judgement.
         """
-        fewest, successes = torch.stack((self._ended.min(), self._succeeded.sum())).tolist()
-        if fewest > 0:
+        counts = torch.stack((self._ended.min(), self._succeeded.sum())).tolist()
+        fewest, successes = zip(*everywhere(counts), strict=True)
+        if min(fewest) > 0:
             self._ended.fill_(-1)
-            if self.manager.update(successes, len(self._ended)):
+            if self.manager.update(sum(successes), len(successes) * len(self._ended)):
                 self._apply()
         return {
             "curriculum/stage": float(self.manager.stage),

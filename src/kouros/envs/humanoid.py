@@ -17,9 +17,10 @@ from kouros.checks import check_choice, require, require_state
 from kouros.envs.actuators import Actuators
 from kouros.envs.commands import PoseCommands, VelocityCommands
 from kouros.envs.config import HumanoidEnvConfig, by_part
-from kouros.envs.curriculum import RunningCurriculum
+from kouros.envs.curriculum import Everywhere, RunningCurriculum
 from kouros.envs.observations import OBSERVATIONS, SCAN_X, SCAN_Y, reflection
 from kouros.envs.randomization import DomainRandomizer
+from kouros.envs.replay import Recorder
 from kouros.envs.rewards import REWARDS
 from kouros.envs.scene import Camera, make_model, room_for_contacts
 from kouros.envs.terrain import Ground, TerrainLevels, make_terrain
@@ -30,7 +31,7 @@ from kouros.physics.simulation import make_simulation
 from kouros.robots import get_robot
 from kouros.threads import torch_threads
 
-# A number read from a world beyond this (SI units), or NaN, is a sick world, not a robot.
+# A number read from a world, or a reward, beyond this (SI units), or NaN, is a sick world, not a robot.
 SICK = 1e6
 
 # The base of a robot this near to the end of a terrain (m) is taken as leaving it.
@@ -50,8 +51,8 @@ class HumanoidBaseEnv(VectorEnv):
     **Step.** ``step(actions)`` takes ``(num_envs, num_joints)`` float32 and returns the five-tuple
     ``(observations, rewards, terminations, truncations, infos)`` of tensors: actor observations
     ``(num_envs, obs_dim)`` float32, rewards ``(num_envs,)`` float32, two ``(num_envs,)`` bool. A
-    termination is a fall (or a world whose state went non-finite); a truncation is the end of time, or
-    of the terrain.
+    termination is a fall (or a sick world: a state or a reward that is not finite, or beyond all sense); a
+    truncation is the end of time, or of the terrain.
 
     **Reset.** Autoreset is same-step: where an episode ends, the returned observation is the first
     of the next episode and ``infos["final_obs"]`` (``infos["final_critic_obs"]``) holds the last of
@@ -98,6 +99,7 @@ class HumanoidBaseEnv(VectorEnv):
         :class:`kouros.envs.terrain.TerrainLevels`.
       action, previous_action, action_before: ``(num_envs, num_joints)``, the last three actions.
       episode_length: ``(num_envs,)`` int, control steps since the reset.
+      recorder: what the worlds did lately, kept for the first that turns sick.
       measured_joint_pos: ``(num_envs, num_joints)``, what the policy knows of ``joint_pos``, rad: its bias,
         noise and delay included.
       final_joint_pos, final_measured_joint_pos, final_base_lin_vel_b: what those without ``final`` were
@@ -230,6 +232,7 @@ class HumanoidBaseEnv(VectorEnv):
         self.velocity, self.mean_velocity = zeros(3), zeros(3)
         self.phase, self.coast = zeros(), zeros()
         self.action, self.previous_action, self.action_before = (zeros(robot.num_joints) for _ in range(3))
+        self.recorder = Recorder(sim, self.action)
         self.episode_length = zeros(dtype=torch.int64)
         self._episode_return = zeros()
         self.harness = torch.full_like(self.phase, config.harness)
@@ -381,14 +384,15 @@ class HumanoidBaseEnv(VectorEnv):
             self.harness.add_(self.fallen, alpha=HARNESS_STEP)
             self.harness -= HARNESS_STEP * config.control_dt / config.harness_fall_time
             self.harness.clamp_(0.0, config.harness)
-        terminations = self.fallen
         over = self.episode_length >= config.max_episode_length
         if self.ground is not None:
             over = over | (self.base_pos_w[:, :2].abs() > self.ground.edge - EDGE).any(-1)
             self.levels.follow(self.velocity[:, :2], self.command[:, :2], config.control_dt)
+        rewards, metrics = self._rewards()
+        self.recorder.record(self.episode_length, self.sick)
+        terminations = self.fallen | self.sick
         truncations = over & ~terminations
         done = terminations | truncations
-        rewards, metrics = self._rewards()
         self._episode_return += rewards
         if self.curriculum:
             good = truncations & (self.harness == 0.0)
@@ -494,16 +498,17 @@ class HumanoidBaseEnv(VectorEnv):
 
     def _rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards ``(num_envs,)`` and the metrics ``(len(metric_names), num_envs)``."""
-        terms = [REWARDS[name](self) for name in self.config.rewards]
+        terms = torch.stack([REWARDS[name](self) for name in self.config.rewards])
+        self.sick = self.sick | ~(terms.abs().amax(0) < SICK)
+        # What a sick world did is nobody's merit or fault.
+        terms = terms.masked_fill(self.sick, 0.0)
         error = (self.command - self.velocity).square()
         speed_error, yaw_error = error[:, :2].sum(-1).sqrt(), error[:, 2].sqrt()
         wrong = (self.sick.float(), self.simulation.overflow().float())
         levels = self.levels.metrics()
-        columns = torch.stack([*terms, speed_error, yaw_error, self.harness, *wrong, *levels])
-        metrics = columns * self._metric_scale
-        # What a sick world did is nobody's merit or fault.
-        total = metrics[: len(terms)].sum(0).masked_fill_(self.sick, 0.0)
-        return total * self.config.control_dt, metrics
+        others = torch.stack([speed_error, yaw_error, self.harness, *wrong, *levels])
+        metrics = torch.cat((terms, others)) * self._metric_scale
+        return metrics[: len(terms)].sum(0) * self.config.control_dt, metrics
 
     def _pull_harness(self) -> None:
         """A wrench on the base, world frame: a torque towards upright, a force up where it is low.
@@ -589,12 +594,12 @@ class HumanoidBaseEnv(VectorEnv):
             targets["terrain_difficulty"] = lambda share: self.max_terrain_level.fill_(share * highest)
         return targets
 
-    def advance_curriculum(self) -> dict[str, float]:
+    def advance_curriculum(self, everywhere: Everywhere = lambda counts: [counts]) -> dict[str, float]:
         """Judge the training, see :meth:`RunningCurriculum.advance`; nothing without a curriculum.
 
         To be called between steps, as :class:`PPOAgent` does for each row of its log.
         """
-        return self.curriculum.advance() if self.curriculum else {}
+        return self.curriculum.advance(everywhere) if self.curriculum else {}
 
     def _randomize(self, mask: torch.Tensor) -> None:
         delay = None

@@ -9,13 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mujoco
+import numpy as np
 import torch
 from rich.progress import track
 
-from kouros.envs.config import CALM, HumanoidEnvConfig
-from kouros.envs.scene import VIEW, Camera, has_display
+from kouros.envs.config import CALM, HumanoidEnvConfig, from_plain
+from kouros.envs.humanoid import SICK
+from kouros.envs.replay import Replay
+from kouros.envs.scene import VIEW, Camera, has_display, make_model
 from kouros.envs.wrappers import make_policy_env
 from kouros.files import replacing
+from kouros.robots import get_robot
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
 Command = tuple[float, float, float]
@@ -84,6 +89,65 @@ def write_video(
                 robot.step(command or TOUR[step * len(TOUR) // steps])
                 if step % every == 0:
                     video.send(camera.picture(robot.env.simulation.data(0)))
+
+
+def write_replay(replay: Replay, path: Path, size: tuple[int, int] = (640, 480), slower: int = 5) -> str:
+    """Write an H.264 mp4 of what a world did before it turned sick.
+
+    Args:
+      replay: of the world.
+      path: of the video.
+      size: width and height, pixels.
+      slower: how many times slower than real time.
+
+    Returns:
+      What was wrong in the last step, a sentence.
+
+    Raises:
+      RuntimeError: this machine can draw nothing; the message says what to install.
+      ValueError: the replay is of another version of Kouros.
+    """
+    import imageio_ffmpeg
+
+    config = from_plain(HumanoidEnvConfig, replay.environment)
+    robot = get_robot(config.robot)
+    model = make_model(robot, config)
+    if replay.qpos.shape[1] != model.nq or replay.qvel.shape[1] != model.nv:
+        raise ValueError(
+            f"replay: of a robot with {replay.qpos.shape[1]} positions, {robot.name} has {model.nq}"
+        )
+    data = mujoco.MjData(model)
+    camera = Camera(model, robot.base_body, *size)
+    fps = 25
+    pictures = max(1, round(slower * config.control_dt * fps))
+    with contextlib.closing(camera), replacing(path) as temporary:
+        video = imageio_ffmpeg.write_frames(str(temporary), size, fps=fps, macro_block_size=2, quality=7)
+        with contextlib.closing(video):
+            video.send(None)
+            for qpos, qvel in zip(replay.qpos, replay.qvel, strict=True):
+                if np.isfinite(qpos).all() and np.isfinite(qvel).all() and np.abs(qpos).max() < SICK:
+                    data.qpos[:], data.qvel[:] = qpos, qvel
+                    mujoco.mj_forward(model, data)
+                for _ in range(pictures):
+                    video.send(camera.picture(data))
+    return _diagnosis(replay, model)
+
+
+def _diagnosis(replay: Replay, model: mujoco.MjModel) -> str:
+    """How much of the last state was no number, and what was fastest before: a NaN spreads within a step."""
+    sound = (np.abs(replay.qpos) < SICK).all(1) & (np.abs(replay.qvel) < SICK).all(1)
+    last = f"world {replay.world}, step {replay.first + len(sound) - 1} of its episode: "
+    if sound[-1]:
+        return last + f"the state is sound; a sensor or a reward was not finite, or beyond {SICK:g}"
+    state = np.concatenate((replay.qpos[-1], replay.qvel[-1]))
+    wrong = (~(np.abs(state) < SICK)).sum()
+    last += f"{wrong} of {len(state)} numbers of its state are not finite, or beyond {SICK:g}"
+    if not sound.any():
+        return last
+    speeds = np.abs(replay.qvel[sound][-1])
+    dof = int(speeds.argmax())
+    joint = mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_JOINT, int(model.dof_jntid[dof]))
+    return f"{last}; in the last sound step {joint} was the fastest, with {speeds[dof]:.3g} rad/s or m/s"
 
 
 def open_viewer(

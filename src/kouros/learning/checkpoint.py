@@ -13,17 +13,26 @@ from kouros.files import replacing
 FORMAT = 1
 
 
-def save(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint; the file appears whole or not at all.
+def pack(content: dict[str, Any]) -> bytes:
+    """A checkpoint as bytes; files are written from them: torch reports a full disk in a way of its own."""
+    buffer = io.BytesIO()
+    torch.save({"kouros_format": FORMAT, **content}, buffer)
+    return buffer.getvalue()
+
+
+def write(path: str | Path, data: bytes) -> None:
+    """Write what :func:`pack` gave; the file appears whole or not at all.
 
     Raises:
       OSError: it cannot be written; an older file of that name is untouched.
     """
-    # Through memory: torch reports a full disk as an error of its own kind.
-    buffer = io.BytesIO()
-    torch.save({"kouros_format": FORMAT, **content}, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(data)
+
+
+def save(path: str | Path, content: dict[str, Any]) -> None:
+    """:func:`pack` and :func:`write`."""
+    write(path, pack(content))
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -36,16 +45,21 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path}: no such file")
+    return unpack(path.read_bytes(), f"checkpoint {path}", map_location)
+
+
+def unpack(data: bytes, where: str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The content of :func:`pack`; errors as of :func:`load`."""
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     except Exception as error:  # what a stranger's bytes make torch raise is no fixed list
-        raise ValueError(f"checkpoint {path}: damaged, or not a checkpoint of Kouros") from error
+        raise ValueError(f"{where}: damaged, or not a checkpoint of Kouros") from error
     version = content.get("kouros_format") if isinstance(content, dict) else None
     if version is None:
-        raise ValueError(f"checkpoint {path}: not written by Kouros")
+        raise ValueError(f"{where}: not written by Kouros")
     if version != FORMAT:
         raise ValueError(
-            f"checkpoint {path}: format {version}, this version reads {FORMAT}; "
+            f"{where}: format {version}, this version reads {FORMAT}; "
             "install the version of Kouros that wrote it"
         )
     return content

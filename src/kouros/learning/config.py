@@ -106,8 +106,9 @@ class TrainConfig:
     What a resumed run trained before counts."""
     save_interval: int = 50
     """Iterations between checkpoints."""
-    keep: bool = False
-    """Keep the policy of every checkpoint, as policy-ITERATION.pt."""
+    keep: int = 0
+    """Checkpoints to keep besides the newest, which is checkpoint.pt, as checkpoint-ITERATION.pt: the last
+    so many, or -1 for all."""
     log_interval: int = 1
     """Iterations between rows of the log, which hold means over them; a GPU never waits in between."""
     seed: int = 0
@@ -124,6 +125,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(self, name, value is None or value > 0, "must be greater than 0")
         require(self, "seed", self.seed >= 0, "must not be negative")
+        require(self, "keep", self.keep >= -1, "must be -1, for all, or more")
         if self.resume and self.run not in (None, self.resume):
             raise ValueError(f"run={self.run}: --resume goes on in its own folder; leave --run out")
 

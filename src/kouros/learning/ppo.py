@@ -29,14 +29,19 @@ from kouros.learning.networks import (
     project,
     reflection,
 )
+from kouros.learning.ranks import ALONE, Ranks
 from kouros.threads import torch_threads
 
+# What a loss is and what the log shows of it.
+Loss = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 # What the log says of the gradient steps on each network: means over them.
 ACTOR_LOG = ("policy_loss", "entropy", "approx_kl", "clip_fraction", "actor_gradient_norm")
 CRITIC_LOG = ("value_loss", "critic_gradient_norm")
 # The adaptive rate moves by this factor, between these bounds.
 RATE_FACTOR = 1.5
 RATE_RANGE = (1e-5, 1e-2)
+# An observation or a reward beyond this, or NaN, is no number to learn from: its square has room in float32.
+LARGEST = 1e15
 # Parameters that one launch of the fused optimizer takes as one tensor.
 PIECE = 8192
 
@@ -106,16 +111,24 @@ class PPOAgent:
     ``critic_observation_space``) for an asymmetric critic, ``mirror`` for symmetric networks,
     ``info["metrics"]`` ``(len(metric_names), num_envs)`` for the log, ``state_dict`` for exact resume.
 
+    **Faults.** A world that returns what is not finite (or beyond all sense) is taken as ended there, with
+    reward zero, and counted; a gradient that is not finite is skipped, and counted.
+
+    **Ranks.** Of several processes each has an environment of its own, and an equal part of the samples;
+    normalizers, advantages and gradients are of all of them together, so that all have the same networks.
+
     Attributes:
       actor, critic: the networks.
-      iteration, total_steps: updates and control steps so far.
-      samples: control steps in one rollout.
+      iteration, total_steps: updates and control steps so far, of all ranks.
+      samples: control steps in one rollout of all ranks.
+      caution: factor on the learning rate, below 1 after the training diverged; see :meth:`scale_rate`.
 
     Args:
       env: a vector environment with Box observations and actions.
       config: the learner's figures.
       seed: of the first weights, of exploration, of minibatches and of the environment.
       device: where the networks live; the environment's device if None.
+      ranks: the processes that learn together, with environments of the same size.
 
     Raises:
       TypeError: observations or actions are not a one-dimensional Box.
@@ -129,14 +142,16 @@ class PPOAgent:
         config: PPOConfig | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.env, self.seed, self.config = env, seed, config or PPOConfig()
+        self.env, self.seed, self.config, self.ranks = env, seed, config or PPOConfig(), ranks
         self.device = torch.device(device or getattr(env, "device", None) or "cpu")
         config = self.config
         obs_dim = _box_size("observation", env.single_observation_space)
         action_dim = _box_size("action", env.single_action_space)
         critic_space = getattr(env, "critic_observation_space", env.single_observation_space)
-        self.samples = samples = config.horizon * env.num_envs
+        samples = config.horizon * env.num_envs
+        self.samples = samples * ranks.size
         if samples % config.minibatches or samples < 2 * config.minibatches:
             raise ValueError(
                 f"minibatches={config.minibatches}: must divide horizon x num_envs = "
@@ -149,9 +164,13 @@ class PPOAgent:
         if mode == AutoresetMode.DISABLED:
             raise ValueError("autoreset_mode=DISABLED: PPOAgent needs an environment that resets itself")
         self._next_step_reset = mode == AutoresetMode.NEXT_STEP
+        if self._next_step_reset and ranks.size > 1:
+            raise ValueError(
+                "autoreset_mode=NEXT_STEP: of several ranks each must learn from as many samples"
+            )
 
         self._generator = torch.Generator(self.device)
-        self._generator.manual_seed(seed)
+        self._generator.manual_seed(self._own_seed)
         shared = (config.activation, config.layer_norm)
         critic_dim = _box_size("critic observation", critic_space)
         with torch.random.fork_rng(devices=[]):
@@ -171,10 +190,17 @@ class PPOAgent:
             critic_mirror = reflection(self.critic, mirror["critic_obs"], unchanged)
         self._actor_learner = _Learner(self.actor.to(self.device), config, actor_mirror, len(ACTOR_LOG))
         self._critic_learner = _Learner(self.critic.to(self.device), config, critic_mirror, len(CRITIC_LOG))
+        self._learners = (self._actor_learner, self._critic_learner)
+        if ranks.size > 1:  # one all-reduce for both gradients
+            self._gradients = torch.cat([learner.gradient for learner in self._learners])
+            sizes_of = [len(learner.gradient) for learner in self._learners]
+            for learner, part in zip(self._learners, self._gradients.split(sizes_of), strict=True):
+                learner.place_gradient(part)
         self._second_thread = ThreadPoolExecutor(1)
         self._second_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.iteration = 0
         self.total_steps = 0
+        self.caution = 1.0
         self._now: dict[str, torch.Tensor] | None = None
         self._episodes: dict[str, float] = {}
         self._seconds = {"env": 0.0, "policy": 0.0}
@@ -217,9 +243,14 @@ class PPOAgent:
         self._record_gradients = on_gpu and not self._next_step_reset
         # Sums for the log, kept where they arise; see _read_log.
         self._metric_names = tuple(getattr(env, "metric_names", ()))
-        self._step_sums = torch.zeros(len(self._metric_names) + 4, device=self.device)
+        self._step_sums = torch.zeros(len(self._metric_names) + 5, device=self.device)
         self._update_sums = torch.zeros(2, device=self.device)
         self._since_log = {"steps": 0, "updates": 0, "gradients": 0}
+
+    @property
+    def _own_seed(self) -> int:
+        """Of worlds and noise: the networks are the same in all ranks, these are not."""
+        return self.seed + 1_000_003 * self.ranks.rank
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, deterministic: bool = True) -> torch.Tensor:
@@ -242,7 +273,7 @@ class PPOAgent:
 
     def _start(self) -> dict[str, torch.Tensor]:
         """What goes on from rollout to rollout: the last observations and the episodes under way."""
-        obs, info = self.env.reset(seed=self.seed)
+        obs, info = self.env.reset(seed=self._own_seed)
         n = self.env.num_envs
         return {
             "obs": self._tensor(obs).clone(),
@@ -285,17 +316,28 @@ class PPOAgent:
         actions = mean + log_std.exp() * self._noise(mean.shape)
         log_probs = log_prob(actions, mean, log_std)
         middle = time.perf_counter()
-        obs, reward, terminated, truncated, info = self._env_step(self.actor.bound(actions))
+        sent = self.actor.bound(actions).nan_to_num_(0.0)  # of networks that have diverged
+        obs, reward, terminated, truncated, info = self._env_step(sent)
         self._seconds["policy"] += middle - start
         self._seconds["env"] += time.perf_counter() - middle
 
         rewards, terminated = self._tensor(reward), self._tensor(terminated, torch.bool)
-        done = terminated | self._tensor(truncated, torch.bool)
+        obs = self._tensor(obs)
         critic_obs = self._tensor(info.get("critic_obs", obs))
+        next_critic_obs = self._final_obs(info, critic_obs)
+        seen = (rewards.unsqueeze(1), obs, critic_obs, next_critic_obs)
+        faulty = ~(torch.stack([x.abs().amax(-1) for x in seen]).amax(0) < LARGEST)
+        terminated = terminated | faulty
+        done = terminated | self._tensor(truncated, torch.bool)
+        rows = faulty.unsqueeze(-1)
+        rewards = rewards.masked_fill(faulty, 0.0)
+        obs, critic_obs, next_critic_obs = (
+            x.masked_fill(rows, 0.0) for x in (obs, critic_obs, next_critic_obs)
+        )
         step = Rollout(
             obs=now["obs"],
             critic_obs=now["critic_obs"],
-            next_critic_obs=self._final_obs(info, critic_obs),
+            next_critic_obs=next_critic_obs,
             actions=actions,
             log_probs=log_probs,
             rewards=rewards,
@@ -309,7 +351,8 @@ class PPOAgent:
 
         now["return"] += rewards
         now["length"] += ~now["resetting"]
-        ends = torch.stack((done.float(), now["return"] * done, now["length"] * done)).sum(1)
+        counts = (done.float(), now["return"] * done, now["length"] * done, faulty.float())
+        ends = torch.stack(counts).sum(1)
         parts = [rewards.mean().unsqueeze(0), ends]
         if "metrics" in info:
             parts.append(info["metrics"].mean(1))
@@ -319,7 +362,7 @@ class PPOAgent:
         now["length"].masked_fill_(done, 0.0)
         if self._next_step_reset:
             now["resetting"].copy_(done)
-        now["obs"].copy_(self._tensor(obs))
+        now["obs"].copy_(obs)
         now["critic_obs"].copy_(critic_obs)
 
     def _final_obs(self, info: dict[str, Any], critic_obs: torch.Tensor) -> torch.Tensor:
@@ -366,9 +409,11 @@ class PPOAgent:
             if self._next_step_reset:
                 batch = {name: x[rollout.valid.flatten()] for name, x in batch.items()}
             advantages = batch["advantages"]
-            advantages -= advantages.mean()
-            advantages /= advantages.std() + 1e-8
-        learners = (self._actor_learner, self._critic_learner)
+            mean, variance = self._moments(advantages.unsqueeze(1))
+            advantages -= mean
+            n = len(advantages) * self.ranks.size
+            advantages /= (variance * (n / (n - 1))).sqrt() + 1e-8
+        learners = self._learners
         kl = -self._actor_learner.sums[ACTOR_LOG.index("approx_kl")].clone()
         orders = [self._shuffle(len(batch["obs"])) for _ in range(config.epochs)]
         if self._record_gradients:
@@ -386,14 +431,19 @@ class PPOAgent:
             gradients = len(minibatches)
             # Half the threads for each network: layers this small gain little from more than one.
             with torch_threads(max(1, torch.get_num_threads() // 2)), _tensor_cores(self.device):
-                critic = self._second_thread.submit(self._critic_gradients, batch, minibatches)
-                self._actor_gradients(batch, minibatches)
-                critic.result()
-        kl += self._actor_learner.sums[ACTOR_LOG.index("approx_kl")]
+                if self.ranks.size > 1:
+                    for rows in minibatches:
+                        self._shared_gradient(batch, rows)
+                else:
+                    critic = self._second_thread.submit(self._critic_gradients, batch, minibatches)
+                    self._actor_gradients(batch, minibatches)
+                    critic.result()
+        kl = self.ranks.mean_(kl + self._actor_learner.sums[ACTOR_LOG.index("approx_kl")])
         for learner in learners:
             learner.symmetrize()
             learner.adapt_rate(kl / gradients)
         with torch.no_grad():
+            # Of its own samples in each rank; the log shows their mean.
             residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
             self._update_sums += torch.stack((1.0 - residual, self.actor.log_std.exp().mean()))
         self._since_log["updates"] += 1
@@ -408,58 +458,95 @@ class PPOAgent:
         here, beside = torch.cuda.current_stream(), self._second_stream
         assert beside
         beside.wait_stream(here)
-        with torch.cuda.stream(beside):
-            self._critic_gradients(self._batch, [rows])
-        self._actor_gradients(self._batch, [rows])
-        here.wait_stream(beside)
+        if self.ranks.size > 1:
+            self._shared_gradient(self._batch, rows, beside)
+        else:
+            with torch.cuda.stream(beside):
+                self._critic_gradients(self._batch, [rows])
+            self._actor_gradients(self._batch, [rows])
+            here.wait_stream(beside)
         self._turn += 1
 
+    def _shared_gradient(
+        self, batch: dict[str, torch.Tensor], rows: torch.Tensor, beside: torch.cuda.Stream | None = None
+    ) -> None:
+        """A gradient step of both networks along the mean gradients of all ranks."""
+        with torch.cuda.stream(beside):
+            critic_loss, critic_log = self._critic_loss(batch, rows)
+            self._critic_learner.differentiate(critic_loss)
+        actor_loss, actor_log = self._actor_loss(batch, rows)
+        self._actor_learner.differentiate(actor_loss)
+        if beside:
+            torch.cuda.current_stream().wait_stream(beside)
+        self.ranks.mean_(self._gradients)
+        self._critic_learner.step(critic_log)
+        self._actor_learner.step(actor_log)
+        self.actor.clamp_std()
+
     def _actor_gradients(self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]) -> None:
-        config, learner = self.config, self._actor_learner
         for rows in minibatches:
-            advantages, log_std = batch["advantages"][rows], self.actor.log_std
-            mean = self.actor.mlp(batch["obs"][rows])
-            log_ratio = log_prob(batch["actions"][rows], mean, log_std) - batch["log_probs"][rows]
-            ratio = log_ratio.exp()
-            clipped = ratio.clamp(1.0 - config.clip, 1.0 + config.clip)
-            policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-            spread = entropy(log_std)
-            norm = learner.descend(policy_loss - config.entropy_weight * spread)
+            loss, log = self._actor_loss(batch, rows)
+            self._actor_learner.differentiate(loss)
+            self._actor_learner.step(log)
             self.actor.clamp_std()
-            with torch.no_grad():
-                # Schulman's low-variance estimator of KL(old, new): joschu.net/blog/kl-approx.html
-                approx_kl = (ratio - 1.0 - log_ratio).mean()
-                clip_fraction = ((ratio - 1.0).abs() > config.clip).float().mean()
-                learner.sums += torch.stack((policy_loss, spread, approx_kl, clip_fraction, norm))
 
     def _critic_gradients(self, batch: dict[str, torch.Tensor], minibatches: list[torch.Tensor]) -> None:
-        config, learner = self.config, self._critic_learner
         for rows in minibatches:
-            returns, old = batch["returns"][rows], batch["values"][rows]
-            values = self.critic.mlp(batch["critic_obs"][rows]).squeeze(-1)
-            loss = (values - returns).square()
-            if config.value_clip:
-                clipped = old + (values - old).clamp(-config.clip, config.clip)
-                loss = torch.max(loss, (clipped - returns).square())
-            loss = loss.mean()
-            norm = learner.descend(loss)
-            with torch.no_grad():
-                learner.sums += torch.stack((loss, norm))
+            loss, log = self._critic_loss(batch, rows)
+            self._critic_learner.differentiate(loss)
+            self._critic_learner.step(log)
+
+    def _actor_loss(self, batch: dict[str, torch.Tensor], rows: torch.Tensor) -> Loss:
+        """The clipped objective (Schulman et al. 2017, equation 7) and the entropy bonus."""
+        config = self.config
+        advantages, log_std = batch["advantages"][rows], self.actor.log_std
+        mean = self.actor.mlp(batch["obs"][rows])
+        log_ratio = log_prob(batch["actions"][rows], mean, log_std) - batch["log_probs"][rows]
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1.0 - config.clip, 1.0 + config.clip)
+        policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
+        spread = entropy(log_std)
+        with torch.no_grad():
+            # Schulman's low-variance estimator of KL(old, new): joschu.net/blog/kl-approx.html
+            approx_kl = (ratio - 1.0 - log_ratio).mean()
+            clip_fraction = ((ratio - 1.0).abs() > config.clip).float().mean()
+        log = (policy_loss.detach(), spread.detach(), approx_kl, clip_fraction)
+        return policy_loss - config.entropy_weight * spread, log
+
+    def _critic_loss(self, batch: dict[str, torch.Tensor], rows: torch.Tensor) -> Loss:
+        """Squared errors, the worse of the value's and of the clipped value's."""
+        config = self.config
+        returns, old = batch["returns"][rows], batch["values"][rows]
+        values = self.critic.mlp(batch["critic_obs"][rows]).squeeze(-1)
+        errors = (values - returns).square()
+        if config.value_clip:
+            clipped = old + (values - old).clamp(-config.clip, config.clip)
+            errors = torch.max(errors, (clipped - returns).square())
+        loss = errors.mean()
+        return loss, (loss.detach(),)
+
+    def _moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance, ``(size,)``, of the rows ``(n, size)`` of all ranks."""
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        if self.ranks.size > 1:  # the mean variance within, and that between
+            of_all = self.ranks.mean_(mean.clone())
+            variance = self.ranks.mean_(variance + (mean - of_all).square())
+            mean = of_all
+        return mean, variance
 
     def _read_log(self) -> dict[str, float]:
         """Means since the last call: the one place where training waits for the device."""
         actor, critic, since = self._actor_learner, self._critic_learner, self._since_log
         sums = (self._step_sums, actor.sums, critic.sums, self._update_sums)
         now = torch.stack((actor.skipped + critic.skipped, actor.rate))
-        values = iter(torch.cat((*sums, now)).tolist())
-        for part in sums:
-            part.zero_()
+        values = iter(self.ranks.mean_(torch.cat((*sums, now))).tolist())
 
         def take(names: Sequence[str], count: int) -> dict[str, float]:
             return {name: value / max(1, count) for name, value in zip(names, values)}  # noqa: B905
 
         log = take(("reward/mean",), since["steps"])
-        episodes, total, length = (next(values) for _ in range(3))
+        episodes, total, length, faulty = (next(values) for _ in range(4))
+        log["task/faulty_steps"] = faulty * self.ranks.size
         log |= take(self._metric_names, since["steps"])
         learning = take(ACTOR_LOG, since["gradients"]) | take(CRITIC_LOG, since["gradients"])
         learning |= take(("explained_variance", "std"), since["updates"])
@@ -468,8 +555,15 @@ class PPOAgent:
             log |= {f"learning/{name}": value for name, value in learning.items()}
         if episodes:
             self._episodes = {"episode/return": total / episodes, "episode/length": length / episodes}
-        self._since_log = dict.fromkeys(since, 0)
+        self._forget_log()
         return log | self._episodes
+
+    def _forget_log(self) -> None:
+        actor, critic = self._learners
+        counts = (self._step_sums, actor.sums, critic.sums, self._update_sums, actor.skipped, critic.skipped)
+        for part in counts:
+            part.zero_()
+        self._since_log = dict.fromkeys(self._since_log, 0)
 
     def _shuffle(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._generator, device=self.device)
@@ -483,7 +577,7 @@ class PPOAgent:
             if self._mirror:
                 index, sign = self._mirror[name]
                 obs = torch.cat((obs, sign * obs[:, index]))
-            network.normalizer.update(obs)
+            network.normalizer.merge(*self._moments(obs), len(obs) * self.ranks.size)
 
     def train(
         self,
@@ -519,7 +613,7 @@ class PPOAgent:
             log = self._read_log()
             # At iterations that depend on nothing else: a resumed run moves where the whole one did.
             if due and hasattr(self.env, "advance_curriculum"):
-                log |= self.env.advance_curriculum()
+                log |= self.env.advance_curriculum(self.ranks.everywhere)
             now = time.perf_counter()
             log["time/iteration"] = (now - start) / since
             log["time/steps_per_second"] = since * self.samples / (now - start)
@@ -571,28 +665,45 @@ class PPOAgent:
         """The policy alone: its configuration and weights."""
         return {"ppo": dataclasses.asdict(self.config), "actor": self.actor.state_dict()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, tensors and plain data; of this rank alone."""
+        resume: dict[str, Any] = {
+            "seed": self.seed,
+            "critic": self.critic.state_dict(),
+            "actor_optimizer": self._actor_learner.optimizer.state_dict(),
+            "critic_optimizer": self._critic_learner.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "total_steps": self.total_steps,
+            "episodes": self._episodes,
+            "caution": self.caution,
+            **self._own_state(),
+        }
+        return {**self.policy_state(), "resume": resume}
+
+    def _own_state(self) -> dict[str, Any]:
+        """What each rank has for itself."""
+        own: dict[str, Any] = {"generator": self._generator.get_state(), "now": self._now}
+        if hasattr(self.env, "state_dict"):
+            own["env"] = self.env.state_dict()
+        return own
+
+    def checkpoint_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict` of all ranks together, in the first of them; all must call it."""
+        content = self.state_dict()
+        if self.ranks.size > 1:
+            own = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, self._own_state())
+            content["resume"]["others"] = self.ranks.gather(own)[1:]
+        return content
+
     def save_checkpoint(self, path: str | Path, **extra: Any) -> None:
         """Write all that the rest of the run depends on (and ``extra``, plain data) to one file.
 
         Raises:
           OSError: it cannot be written; an older file of that name is untouched.
         """
-        resume: dict[str, Any] = {
-            "seed": self.seed,
-            "critic": self.critic.state_dict(),
-            "actor_optimizer": self._actor_learner.optimizer.state_dict(),
-            "critic_optimizer": self._critic_learner.optimizer.state_dict(),
-            "actor_skipped": self._actor_learner.skipped,
-            "critic_skipped": self._critic_learner.skipped,
-            "generator": self._generator.get_state(),
-            "iteration": self.iteration,
-            "total_steps": self.total_steps,
-            "episodes": self._episodes,
-            "now": self._now,
-        }
-        if hasattr(self.env, "state_dict"):
-            resume["env"] = self.env.state_dict()
-        checkpoint.save(path, {**extra, **self.policy_state(), "resume": resume})
+        content = self.checkpoint_dict()
+        if self.ranks.first:
+            checkpoint.save(path, {**extra, **content})
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Go on from a checkpoint: on the CPU, bit for bit as if the run had not stopped.
@@ -600,28 +711,42 @@ class PPOAgent:
         An environment without ``state_dict`` starts new episodes.
 
         Raises:
-          FileNotFoundError, ValueError: no such file; not a checkpoint; one without what resuming
-            needs; of another learner, of other observations or actions, or another number of worlds.
-            The agent is as it was.
+          FileNotFoundError, ValueError: no such file; not a checkpoint; see :meth:`load_state_dict`.
         """
         content = checkpoint.load(path, self.device)
         if "resume" not in content:
             raise ValueError(f"checkpoint {path}: holds a policy only; resume from checkpoint.pt")
+        others = content["resume"].pop("others", [])
+        if len(others) + 1 != self.ranks.size:
+            raise ValueError(
+                f"checkpoint {path}: of {len(others) + 1} processes, these are {self.ranks.size}; "
+                f"torchrun --nproc-per-node {len(others) + 1} goes on with it"
+            )
+        if not self.ranks.first:
+            content["resume"] |= others[self.ranks.rank - 1]
+        self.load_state_dict(content, f"checkpoint {path}")
+
+    def load_state_dict(self, content: dict[str, Any], where: str = "state") -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+          ValueError: it is of another learner, of other observations or actions, or another number of
+            worlds. The agent is as it was.
+        """
         theirs, ours = content["ppo"], dataclasses.asdict(self.config)
         for field in ours:
             if theirs.get(field) != ours[field]:
-                raise ValueError(
-                    f"checkpoint {path}: {field}={theirs.get(field)!r} there, {ours[field]!r} here"
-                )
+                raise ValueError(f"{where}: {field}={theirs.get(field)!r} there, {ours[field]!r} here")
         resume = content["resume"]
         for network, state in ((self.actor, content["actor"]), (self.critic, resume["critic"])):
             for name, ours in network.state_dict().items():
                 shape = tuple(state[name].shape) if name in state else "nothing"
                 if shape != tuple(ours.shape):
                     raise ValueError(
-                        f"checkpoint {path}: of other observations or actions: {name} is {shape} there, "
+                        f"{where}: of other observations or actions: {name} is {shape} there, "
                         f"{tuple(ours.shape)} here"
                     )
+        self._now = None
         if "env" in resume and hasattr(self.env, "load_state_dict"):
             self.env.load_state_dict(resume["env"])  # or refuses, with nothing changed yet
             self._now = resume["now"]
@@ -629,12 +754,19 @@ class PPOAgent:
         self.actor.load_state_dict(content["actor"])
         self.critic.load_state_dict(resume["critic"])
         for name, learner in (("actor", self._actor_learner), ("critic", self._critic_learner)):
-            learner.load(resume[f"{name}_optimizer"], resume[f"{name}_skipped"])
+            learner.load(resume[f"{name}_optimizer"])
         self._slot.zero_()
         self._generator.set_state(resume["generator"].cpu())
         self.seed = resume["seed"]
         self.iteration, self.total_steps = resume["iteration"], resume["total_steps"]
-        self._episodes = resume["episodes"]
+        self._episodes, self.caution = resume["episodes"], resume.get("caution", 1.0)
+        self._forget_log()
+
+    def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate of both networks, and :attr:`caution`."""
+        self.caution *= factor
+        for learner in self._learners:
+            learner.rate.mul_(factor)
 
 
 class _Learner:
@@ -644,7 +776,7 @@ class _Learner:
 
     Attributes:
       rate: the learning rate, a tensor that a recorded step reads.
-      skipped: how many steps were left out because the gradient was not finite.
+      skipped: how many steps were left out since the last log because the gradient was not finite.
       sums: of what the log shows of each step.
     """
 
@@ -670,11 +802,10 @@ class _Learner:
         self.sums = torch.zeros(log_size, device=device)
         # In pieces: the fused kernel gives each tensor few of a GPU's processors.
         pieces = [nn.Parameter(piece) for piece in self.vector.split(PIECE)]
-        for piece, slope in zip(pieces, self.gradient.split(PIECE), strict=True):
-            piece.grad = slope
         self.optimizer = torch.optim.Adam(
             pieces, lr=self.rate, eps=1e-5, fused=True, capturable=device.type == "cuda"
         )
+        self.place_gradient(self.gradient)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that :meth:`descend` and the log change."""
@@ -687,12 +818,11 @@ class _Learner:
             found += state.values()
         return found
 
-    def load(self, optimizer: dict[str, Any], skipped: torch.Tensor) -> None:
+    def load(self, optimizer: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(optimizer)
         group = self.optimizer.param_groups[0]
         self.rate.copy_(group["lr"])
         group["lr"] = self.rate
-        self.skipped.copy_(skipped)
 
     @torch.no_grad()
     def symmetrize(self) -> None:
@@ -700,10 +830,24 @@ class _Learner:
         if self.mirror:
             self.vector.copy_(project(self.vector, self.mirror))
 
-    def descend(self, loss: torch.Tensor) -> torch.Tensor:
-        """One step down; the gradient's norm before clipping. A non-finite gradient is skipped."""
+    def place_gradient(self, place: torch.Tensor) -> None:
+        """Use a part of somebody else's vector for the gradient."""
+        self.gradient = place
+        pieces = self.optimizer.param_groups[0]["params"]
+        for piece, slope in zip(pieces, place.split(PIECE), strict=True):
+            piece.grad = slope
+
+    def differentiate(self, loss: torch.Tensor) -> None:
         slopes = torch.autograd.grad(loss, self.parameters)
         torch.cat([slope.flatten() for slope in slopes], out=self.gradient)
+
+    @torch.no_grad()
+    def step(self, log: tuple[torch.Tensor, ...]) -> None:
+        """One step down along the gradient; one that is not finite is skipped, and counted.
+
+        Args:
+          log: what the log shows of it; the gradient's norm before clipping comes after it.
+        """
         if self.mirror:
             self.gradient.copy_(project(self.gradient, self.mirror))
         norm = self.gradient.norm()
@@ -713,7 +857,7 @@ class _Learner:
         setattr(self.optimizer, "found_inf", bad)  # noqa: B010 (torch does not declare it)
         self.skipped += bad
         self.optimizer.step()
-        return norm
+        self.sums += torch.stack((*log, norm))
 
     def adapt_rate(self, kl: torch.Tensor) -> None:
         """A smaller rate after a step of more than twice the target, a larger one below half of it."""

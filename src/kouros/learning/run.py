@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from kouros import __version__
 from kouros.devices import has_gpu, pick_device
-from kouros.envs.config import CALM, HumanoidEnvConfig
+from kouros.envs.config import CALM, HumanoidEnvConfig, from_plain
 from kouros.envs.contract import check_contract, policy_contract, require_version
 from kouros.envs.wrappers import make_env, make_policy_env
 from kouros.files import replacing, write_json
@@ -28,6 +29,7 @@ from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
 from kouros.learning.networks import ActorNetwork, CriticNetwork
 from kouros.learning.ppo import PPOAgent
+from kouros.learning.ranks import Ranks, joined, rank_device
 from kouros.signals import interrupted
 
 # What the display shows: (title, key in the log, format).
@@ -46,6 +48,8 @@ COLUMNS = (
 
 # Seconds between pictures of the learning curve while a run is under way: drawing takes one.
 PLOT_INTERVAL = 30.0
+# Replays of sick worlds that a run keeps, the newest.
+REPLAYS = 10
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -54,16 +58,29 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     The run folder gets ``config.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoint.pt``
     (to resume from), ``policy.pt`` (weights and configuration) and ``learning_curve.png``.
 
+    What goes wrong on the way harms nothing else (docs/training.md): a sick world is reset, a gradient that
+    is not finite skipped; a training that diverges goes back to its last good state with half the learning
+    rate; what cannot be written is written later. Started by torchrun, it shares the worlds among all
+    processes, and the first alone writes.
+
     Returns:
       The run folder.
 
     Raises:
       FileExistsError: the folder holds a run already.
       FileNotFoundError, ValueError: the run to resume is missing, damaged or of another kind.
-      OSError: the disk is full; what was saved before is whole.
+      OSError: the disk is full, and was until the end; what was saved before is whole.
+      DivergedError: it does, however small the learning rate.
+      RuntimeError: another process died.
     """
-    console = console or Console()
-    device = pick_device(config.device)
+    device = rank_device(pick_device(config.device))
+    with joined(device) as ranks:
+        if not ranks.first:
+            console = Console(quiet=True, force_terminal=False)
+        return _train(config, device, ranks, console or Console())
+
+
+def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> Path:
     if config.resume:
         config = resumed(config, device)
     steps = config.steps or DEFAULT_STEPS[device.partition(":")[0]]
@@ -72,75 +89,232 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if not config.resume and path.exists():
         raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
     require_room(folder)
+    for half in folder.glob(".*.pt") if ranks.first else ():  # of a run that was killed while it wrote
+        half.unlink(missing_ok=True)
     if device == "cpu" and config.device == "auto" and has_gpu():
         console.print("there is a GPU that cannot be used, kouros doctor says why: training on the CPU")
     if device.startswith("cuda"):
         console.print("on a GPU: the first use on a machine compiles the physics, for two minutes or so")
-    env = make_env(config.env, device)
-    agent = PPOAgent(env, config.ppo, config.seed)
+    env = make_env(_share(config.env, ranks), device)
+    agent = PPOAgent(env, config.ppo, config.seed, ranks=ranks)
     if config.resume:
         check_contract(checkpoint.load(path).get("contract"), env, f"checkpoint {path}")
         agent.load_checkpoint(path)
-    write_json(folder / "config.json", {**dataclasses.asdict(config), "run": folder, "steps": steps})
-    console.print(f"{config.task} · {env.simulation} · run folder {folder}")
-
+    plain = {**dataclasses.asdict(config), "run": folder, "steps": steps}
     origin = {"run": str(folder), "kouros": __version__, "revision": _revision()}
-    saved, overflown = -1, 0.0
+    console.print(f"{config.task} · {env.simulation} · run folder {folder}")
+    if ranks.size > 1:
+        console.print(f"{ranks.size} processes, {env.num_envs} worlds each")
+
+    watch = Watch(2 * config.ppo.epochs * config.ppo.minibatches * config.log_interval)
+    saved = unsaved = -1
+    good = b""
+    stop, rollbacks, overflown = False, 0, 0.0
     told = len(env.curriculum.manager.history) if env.curriculum else 0
 
-    def save() -> None:
-        nonlocal saved
-        saved = agent.iteration
+    def save(final: bool = False) -> None:
+        """Keep the present state as the good one, and write it; what fails is tried again later."""
+        nonlocal saved, unsaved, good
+        content = agent.checkpoint_dict()
+        good = checkpoint.pack(content if ranks.first else agent.state_dict())
+        watch.tries, saved = 0, agent.iteration
+        if not ranks.first:
+            return
         training = {**origin, "task": config.task, "seed": config.seed, "steps": agent.total_steps}
         extra = {"contract": {**policy_contract(env), "training": training}}
-        agent.save_checkpoint(path, **extra)
-        policy = {**extra, **agent.policy_state()}
-        checkpoint.save(folder / "policy.pt", policy)
-        if config.keep:
-            checkpoint.save(folder / f"policy-{agent.iteration:06}.pt", policy)
+        try:
+            write_json(folder / "config.json", plain)
+            checkpoint.save(path, {**extra, **content})
+            checkpoint.save(folder / "policy.pt", {**extra, **agent.policy_state()})
+            keep_checkpoint(path, agent.iteration, config.keep)
+            unsaved = -1
+        except OSError as error:
+            if final or not agent.iteration:
+                raise
+            unsaved = agent.iteration
+            console.print(f"[bold red]not saved[/bold red]: {error}; the training goes on, and tries again")
+
+    def roll_back(trouble: str) -> None:
+        nonlocal rollbacks
+        watch.tries, rollbacks = watch.tries + 1, rollbacks + 1
+        agent.load_state_dict(checkpoint.unpack(good, "the last good state", agent.device))
+        factor = 0.5**watch.tries
+        agent.scale_rate(factor)
+        logger.forget(agent.iteration)
+        console.print(
+            f"[bold red]the training diverges[/bold red] ({trouble}): back to iteration {agent.iteration}, "
+            f"with {factor:g} times its learning rate"
+        )
+
+    def tell_what_is_wrong(log: dict[str, float]) -> None:
+        nonlocal overflown
+        if log.get("task/sick_worlds", 0.0) > 0.0:
+            replay = next((r for r in ranks.gather(env.recorder.take()) if r), None)
+            if replay:
+                replay.environment = dataclasses.asdict(env.config)
+                name = folder / f"sick-{agent.iteration:06}.npz"
+                with contextlib.suppress(OSError):
+                    replay.save(name)
+                    prune(folder, "sick-*.npz", REPLAYS)
+                    console.print(f"a world turned sick and was reset; see it: kouros play --replay {name}")
+        if log.get("task/overflown_worlds", 0.0) > overflown:
+            overflown = log["task/overflown_worlds"]
+            console.print(
+                "[bold red]contacts overflow[/bold red]: MuJoCo Warp has no room for all and leaves some "
+                "out; raise CONTACTS in kouros/envs/scene.py"
+            )
 
     start = time.monotonic()
     display = _Display(steps, config.minutes, console)
-    with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration) as logger, display:
+    logger = RunLogger(folder, agent.iteration, console.print) if ranks.first else NoLogger()
+    with _say_how_to_go_on(folder, ranks), logger, display, interrupted() as asked:
 
         def after_iteration(log: dict[str, float]) -> bool:
-            nonlocal overflown, told
+            nonlocal stop, told
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
             log |= {
                 "iteration": agent.iteration,
                 "steps": agent.total_steps / 1e6,
                 "minutes": minutes,
+                "learning/rollbacks": rollbacks,
             }
             logger.write(log)
             display.show(log)
+            tell_what_is_wrong(log)
             for move in env.curriculum.manager.history[told:] if env.curriculum else ():
                 told += 1
                 console.print(
                     f"curriculum: {move['from']} -> {move['to']} after {move['episodes']} episodes, "
                     f"{100 * move['success_rate']:.0f} % successful"
                 )
-            if log.get("task/overflown_worlds", 0.0) > overflown:
-                overflown = log["task/overflown_worlds"]
-                console.print(
-                    "[bold red]contacts overflow[/bold red]: MuJoCo Warp has no room for all and leaves some "
-                    "out; raise CONTACTS in kouros/envs/scene.py"
-                )
-            if agent.iteration - saved >= config.save_interval:
+            if trouble := watch.judge(log):
+                roll_back(trouble)
+                return True
+            due = agent.iteration - saved >= config.save_interval
+            if watch.well and (due or 0 <= unsaved <= agent.iteration - RETRY):
+                if agent.caution < 1.0:
+                    agent.scale_rate(min(RECOVERY, 1.0 / agent.caution))
                 save()
                 logger.plot(every=PLOT_INTERVAL)
-            return stop.is_set() or agent.total_steps >= steps or minutes >= config.minutes
+            stop = ranks.any(asked.is_set() or minutes >= config.minutes)
+            return stop or agent.total_steps >= steps
 
-        with interrupted() as stop:  # after the iteration in hand
-            remaining = max(0, math.ceil((steps - agent.total_steps) / agent.samples))
-            if not remaining:
-                console.print(f"{agent.total_steps:,} control steps are done; --steps N goes further")
-            save()
+        if agent.total_steps >= steps:
+            console.print(f"{agent.total_steps:,} control steps are done; --steps N goes further")
+        save()
+        while not stop and agent.total_steps < steps:
+            remaining = math.ceil((steps - agent.total_steps) / agent.samples)
             agent.train(remaining, after_iteration, config.log_interval)
-            save()
-            logger.plot()
-    if stop.is_set():
+        if watch.well:
+            save(final=True)
+        logger.plot()
+    if asked.is_set():
         console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
     return folder
+
+
+# Iterations until what could not be saved is tried again.
+RETRY = 5
+# After a divergence the learning rate comes back by this factor at each checkpoint.
+RECOVERY = 1.2
+
+
+def _share(config: HumanoidEnvConfig, ranks: Ranks) -> HumanoidEnvConfig:
+    """The environment of one of several processes: its part of the worlds, and of the cores.
+
+    Raises:
+      ValueError: the worlds do not split evenly; or there are statistics that each would have for itself.
+    """
+    if ranks.size == 1:
+        return config
+    if config.num_envs % ranks.size:
+        raise ValueError(f"env.num_envs={config.num_envs}: must split evenly among {ranks.size} processes")
+    if "normalize" in config.wrappers:
+        raise ValueError(
+            "env.wrappers: normalize would keep statistics of its own in each process; leave it out, the "
+            "networks normalize what they see by themselves"
+        )
+    threads = config.num_threads or max(1, (os.cpu_count() or 1) // ranks.local_size)
+    return dataclasses.replace(config, num_envs=config.num_envs // ranks.size, num_threads=threads)
+
+
+class DivergedError(RuntimeError):
+    """A training that no smaller learning rate saves."""
+
+
+class Watch:
+    """Tells a training that diverges from one that stumbles, by the rows of its log.
+
+    A row is bad where a figure of the learning is not finite, more than half of the gradients were skipped,
+    or the mean KL divergence between a policy and the next is more than :data:`LARGEST_KL`.
+
+    Args:
+      gradients: gradient steps between two rows.
+
+    Attributes:
+      well: whether the last row was good.
+      tries: how often the training went back to the same state.
+    """
+
+    def __init__(self, gradients: int) -> None:
+        self._gradients, self._bad, self.tries = gradients, 0, 0
+
+    @property
+    def well(self) -> bool:
+        return self._bad == 0
+
+    def judge(self, log: dict[str, float]) -> str:
+        """What is wrong, when so many bad rows came one after the other that it will not mend; else empty.
+
+        Raises:
+          DivergedError: going back with a smaller step has not helped for :data:`ROLLBACKS` times.
+        """
+        trouble = self._trouble(log)
+        self._bad = self._bad + 1 if trouble else 0
+        if self._bad < PATIENCE:
+            return ""
+        if self.tries == ROLLBACKS:
+            raise DivergedError(
+                f"the training diverges ({trouble}) after {ROLLBACKS} times half the learning rate; "
+                "checkpoint.pt is of before: look at the rewards and observations"
+            )
+        self._bad = 0
+        return trouble
+
+    def _trouble(self, log: dict[str, float]) -> str:
+        for name, value in log.items():
+            if name.startswith("learning/") and not math.isfinite(value):
+                return f"{name} is {value}"
+        if (skipped := log.get("learning/skipped_updates", 0.0)) > self._gradients / 2:
+            return f"{skipped:.0f} of {self._gradients} gradients are not finite"
+        if (kl := log.get("learning/approx_kl", 0.0)) > LARGEST_KL:
+            return f"the policy moves by a KL divergence of {kl:.3g} in one iteration"
+        return ""
+
+
+PATIENCE = 3
+LARGEST_KL = 1.0
+ROLLBACKS = 20
+
+
+def keep_checkpoint(path: Path, iteration: int, keep: int) -> None:
+    """Keep the checkpoint just written under a name of its own too, and of those the newest ``keep``."""
+    if not keep:
+        return
+    kept = path.with_name(f"checkpoint-{iteration:06}.pt")
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(path, kept)  # no second copy: the next checkpoint replaces the name, not the file
+    except OSError:
+        shutil.copyfile(path, kept)
+    if keep > 0:
+        prune(path.parent, "checkpoint-*.pt", keep)
+
+
+def prune(folder: Path, pattern: str, keep: int) -> None:
+    """Delete all but the last ``keep`` files of that pattern, by name."""
+    for old in sorted(folder.glob(pattern))[:-keep]:
+        old.unlink(missing_ok=True)
 
 
 def _revision() -> str:
@@ -217,75 +391,109 @@ def require_room(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _say_how_to_go_on(folder: Path) -> Iterator[None]:
+def _say_how_to_go_on(folder: Path, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         text = f"{error}; what was saved is whole: make room, then kouros train --resume {folder}"
         raise OSError(text) from error
-
-
-def from_plain(cls: type, values: dict[str, Any]) -> Any:
-    """A configuration from plain data: JSON knows no tuples.
-
-    Raises:
-      ValueError: a field this version does not have.
-    """
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        raise ValueError(f"{cls.__name__}: unknown field {', '.join(sorted(unknown))}")
-    hints = get_type_hints(cls)
-
-    def made(name: str, value: Any) -> Any:
-        if dataclasses.is_dataclass(hints[name]):
-            return from_plain(hints[name], value)
-        return tuple(value) if isinstance(value, list) else value
-
-    return cls(**{name: made(name, value) for name, value in values.items()})
+    except RuntimeError as error:
+        if ranks.size == 1 or isinstance(error, DivergedError):
+            raise
+        text = f"process {ranks.rank} stopped, perhaps because another did ({str(error).splitlines()[0]}); "
+        text += f"what was saved is whole: torchrun ... -m kouros train --resume {folder}"
+        raise RuntimeError(text) from error
 
 
 class RunLogger:
     """``metrics.jsonl`` (a line every ``log_interval`` iterations), TensorBoard events, the learning curve.
 
+    What cannot be written is kept, and written as soon as that is possible again; so is all of it when
+    somebody has deleted the folder.
+
     Args:
       folder: the run's.
       iteration: what came after it in an interrupted run is forgotten, as the checkpoint did.
+      tell: given a line of text when something cannot be written.
     """
 
-    def __init__(self, folder: Path, iteration: int) -> None:
+    def __init__(self, folder: Path, iteration: int, tell: Callable[[str], None] = print) -> None:
+        self.folder, self._path, self._tell = folder, folder / "metrics.jsonl", tell
+        self.rows = read_metrics(self._path) if iteration else []
+        self._plotted = -math.inf
+        self._files = contextlib.ExitStack()
+        self.forget(iteration)
+        self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
+
+    def forget(self, iteration: int) -> None:
+        """Drop what came after an iteration."""
+        self.rows = [row for row in self.rows if row["iteration"] <= iteration]
+        self._open(iteration + 1)
+
+    def _open(self, purge: int) -> None:
+        """Write all rows anew and go on from there; TensorBoard drops what it has of ``purge`` and after."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
-        path = folder / "metrics.jsonl"
-        rows = read_metrics(path) if iteration else []
-        self.rows = [row for row in rows if row["iteration"] <= iteration]
-        self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
-        with replacing(path) as temporary:
+        self._close()
+        with replacing(self._path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._plotted = -math.inf
-        purge = self.rows[-1]["iteration"] + 1 if self.rows else None
-        self._board = SummaryWriter(str(folder), purge_step=purge)
+        self._file = self._files.enter_context(self._path.open("a", encoding="utf-8"))
+        self._board = SummaryWriter(str(self.folder), purge_step=purge)
+        self._files.callback(self._board.close)
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._files.close()
 
     def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        self._close()
 
     def write(self, log: dict[str, float]) -> None:
         self.rows.append(log)
-        self._file.write(json.dumps(log) + "\n")
-        self._file.flush()
-        for key, value in log.items():
-            self._board.add_scalar(key, value, int(log["iteration"]))
+        new = [log]
+        try:
+            if not self._path.exists() or self._broken:
+                first = self._broken or self.rows[0]["iteration"]
+                self._open(int(first))
+                new = [row for row in self.rows if row["iteration"] >= first]
+                self._broken = None
+            else:
+                self._file.write(json.dumps(log) + "\n")
+                self._file.flush()
+            for row in new:
+                for key, value in row.items():
+                    self._board.add_scalar(key, value, int(row["iteration"]))
+            self._board.flush()
+        except OSError as error:
+            if not self._broken:
+                self._tell(f"[bold red]the log cannot be written[/bold red]: {error}; it is kept for later")
+            self._broken = self._broken or log["iteration"]
+
+    _broken: float | None = None  # the first iteration whose row could not be written
 
     def plot(self, every: float = 0.0) -> None:
         """``learning_curve.png`` of all rows so far, unless it was drawn less than ``every`` seconds ago."""
         if self.rows and time.monotonic() - self._plotted >= every:
-            plot_learning_curve(self.rows, self.folder / "learning_curve.png")
+            with contextlib.suppress(OSError):  # a picture is drawn again
+                plot_learning_curve(self.rows, self.folder / "learning_curve.png")
             self._plotted = time.monotonic()
+
+
+class NoLogger:
+    """Of the processes that do not write."""
+
+    minutes = 0.0
+
+    def __enter__(self) -> NoLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def forget(self, iteration: int) -> None: ...
+    def write(self, log: dict[str, float]) -> None: ...
+    def plot(self, every: float = 0.0) -> None: ...
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
