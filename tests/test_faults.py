@@ -204,6 +204,13 @@ class TestDisk:
         assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
         assert scalars(tmp_path) == list(range(1, 9))
 
+    def test_a_terminal_that_is_a_file_on_a_full_disk(self, tmp_path: Path) -> None:
+        full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (closing it fails too)
+        folder = train(tiny(tmp_path / "run", 2 * 64), Console(file=full))
+        assert len(read_metrics(folder / "metrics.jsonl")) == 2
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+
     def test_folder_is_deleted(self, tmp_path: Path, monkeypatch) -> None:
         folder, collect, calls = tmp_path / "run", PPOAgent.collect_rollouts, []
 

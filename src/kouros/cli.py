@@ -198,7 +198,8 @@ def train(config: TrainConfig) -> None:
 
     check_measured(config.env.actor_observations, config.env.wrappers)  # now, not after the training
     folder = train(config)
-    export(Export(folder))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+        export(Export(folder))
 
 
 def evaluate(config: Eval) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -77,7 +78,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     with joined(device) as ranks:
         if not ranks.first:
             console = Console(quiet=True, force_terminal=False)
-        return _train(config, device, ranks, console or Console())
+        console = console or Console()
+        console.file = cast(IO[str], _Forgiving(console.file))
+        return _train(config, device, ranks, console)
 
 
 def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> Path:
@@ -211,6 +214,34 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
     if asked.is_set():
         console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
     return folder
+
+
+class _Forgiving:
+    """A text stream that loses what a full disk has no room for."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _forgiving() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
 
 
 # Iterations until what could not be saved is tried again.
