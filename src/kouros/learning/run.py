@@ -19,13 +19,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros import __version__
-from kouros.devices import has_gpu, pick_device
+from kouros.devices import describe_device, has_gpu, pick_device
 from kouros.envs.config import CALM, HumanoidEnvConfig
 from kouros.envs.contract import check_contract, policy_contract, require_version
 from kouros.envs.wrappers import make_env, make_policy_env
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
+from kouros.learning.monitor import (
+    Hardware,
+    WandbLogger,
+    add_histogram,
+    histogram,
+    randomization_log,
+    require_wandb,
+)
 from kouros.learning.networks import ActorNetwork, CriticNetwork
 from kouros.learning.ppo import PPOAgent
 from kouros.signals import interrupted
@@ -46,6 +54,8 @@ COLUMNS = (
 
 # Seconds between pictures of the learning curve while a run is under way: drawing takes one.
 PLOT_INTERVAL = 30.0
+# Seconds between histograms.
+HISTOGRAM_INTERVAL = 30.0
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -61,6 +71,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
       FileExistsError: the folder holds a run already.
       FileNotFoundError, ValueError: the run to resume is missing, damaged or of another kind.
       OSError: the disk is full; what was saved before is whole.
+      ImportError, RuntimeError: Weights & Biases is asked for, and is not installed, or refuses.
     """
     console = console or Console()
     device = pick_device(config.device)
@@ -72,6 +83,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if not config.resume and path.exists():
         raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
     require_room(folder)
+    if config.wandb:
+        require_wandb(config.wandb)
     if device == "cpu" and config.device == "auto" and has_gpu():
         console.print("there is a GPU that cannot be used, kouros doctor says why: training on the CPU")
     if device.startswith("cuda"):
@@ -85,6 +98,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
 
     origin = {"run": str(folder), "kouros": __version__, "revision": _revision()}
+    origin["device"] = describe_device(device)
     saved, overflown = -1, 0.0
     told = len(env.curriculum.manager.history) if env.curriculum else 0
 
@@ -101,7 +115,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
     start = time.monotonic()
     display = _Display(steps, config.minutes, console)
-    with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration) as logger, display:
+    wandb = WandbLogger(folder, config) if config.wandb else None
+    hardware = Hardware(device)
+    with _say_how_to_go_on(folder), RunLogger(folder, agent.iteration, wandb) as logger, display:
 
         def after_iteration(log: dict[str, float]) -> bool:
             nonlocal overflown, told
@@ -110,8 +126,11 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 "iteration": agent.iteration,
                 "steps": agent.total_steps / 1e6,
                 "minutes": minutes,
+                **hardware.read(),
+                **randomization_log(env),
             }
             logger.write(log)
+            logger.write_histograms(agent, every=HISTOGRAM_INTERVAL)
             display.show(log)
             for move in env.curriculum.manager.history[told:] if env.curriculum else ():
                 told += 1
@@ -250,12 +269,14 @@ class RunLogger:
     Args:
       folder: the run's.
       iteration: what came after it in an interrupted run is forgotten, as the checkpoint did.
+      wandb: also gets all of it, and is closed with it.
     """
 
-    def __init__(self, folder: Path, iteration: int) -> None:
+    def __init__(self, folder: Path, iteration: int, wandb: WandbLogger | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
+        self._wandb = wandb
         path = folder / "metrics.jsonl"
         rows = read_metrics(path) if iteration else []
         self.rows = [row for row in rows if row["iteration"] <= iteration]
@@ -263,7 +284,7 @@ class RunLogger:
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._plotted = -math.inf
+        self._plotted = self._counted = -math.inf
         purge = self.rows[-1]["iteration"] + 1 if self.rows else None
         self._board = SummaryWriter(str(folder), purge_step=purge)
 
@@ -273,6 +294,8 @@ class RunLogger:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.close()
 
     def write(self, log: dict[str, float]) -> None:
         self.rows.append(log)
@@ -280,6 +303,20 @@ class RunLogger:
         self._file.flush()
         for key, value in log.items():
             self._board.add_scalar(key, value, int(log["iteration"]))
+        if self._wandb:
+            self._wandb.write(log)
+
+    def write_histograms(self, agent: PPOAgent, every: float = 0.0) -> None:
+        """Of the last step's actions and observations, unless that was less than ``every`` seconds ago."""
+        if time.monotonic() - self._counted < every:
+            return
+        self._counted = time.monotonic()
+        counted = {name: histogram(values) for name, values in agent.last_step().items()}
+        drawn = {f"histogram/{name}": h for name, h in counted.items() if h}
+        for name, h in drawn.items():
+            add_histogram(self._board, name, h, agent.iteration)
+        if self._wandb:
+            self._wandb.write_histograms(drawn, agent.iteration)
 
     def plot(self, every: float = 0.0) -> None:
         """``learning_curve.png`` of all rows so far, unless it was drawn less than ``every`` seconds ago."""
