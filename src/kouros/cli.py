@@ -332,18 +332,9 @@ def play(config: Play) -> None:
 
 
 def report(config: Report) -> None:
-    from rich.progress import Progress
-
     from kouros.report import write_report
 
-    with Progress(transient=True) as progress:
-        task = progress.add_task("walking test", visible=False)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, visible=done < total)
-
-        path = write_report(config.run, config.episodes, show)
-    print(f"saved {path}")
+    print(f"saved {write_report(config.run, config.episodes)}")
 
 
 def compare(config: Compare) -> None:

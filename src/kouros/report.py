@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.envs.play import write_video
@@ -67,9 +68,7 @@ COMMAND = (0.6, 0.0, 0.3)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-src data:"
 
 
-def write_report(
-    folder: Path, episodes: int = 32, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def write_report(folder: Path, episodes: int = 32) -> Path:
     """Write ``report.html`` into a run's folder: video, walking test, curves, configuration, origin.
 
     The walking test is that of ``eval.json`` if it is newer than the policy; else it is made, not saved.
@@ -77,7 +76,6 @@ def write_report(
     Args:
       folder: the run's.
       episodes: of 20 s, where the test has to be made.
-      progress: called with (steps done, steps in all) of that test.
 
     Returns:
       The page.
@@ -92,11 +90,17 @@ def write_report(
     statistics, training = contract.get("statistics"), contract.get("training", {})
     result, test = _saved_test(folder)
     if result is None:
-        result = evaluate_walk(actor.act, env_config, episodes, progress=progress, statistics=statistics)
+        with Progress(transient=True) as progress:
+            task = progress.add_task(f"{episodes} episodes of 20 s")
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            result = evaluate_walk(actor.act, env_config, episodes, progress=show, statistics=statistics)
         test = f"{episodes} episodes of 20 s; kouros eval tests more"
     failures = result.failures()
     what = "walks" if result.walks else "stands"
-    verdict = f"{what}: every figure holds" if not failures else f"{len(failures)} figures missed"
+    verdict = f"{what}: every figure holds" if not failures else f"figures missed: {len(failures)}"
     name = folder.resolve().name
     minutes, steps = f"{rows[-1]['minutes']:.1f}", f"{rows[-1]['steps']:.2f}"
     head = f"""<header><h1>{_text(name)}</h1>
@@ -300,10 +304,10 @@ def _chart(curves: Sequence[tuple[np.ndarray, np.ndarray]], large: bool) -> str:
     from matplotlib.ticker import MaxNLocator
 
     width, height = (5.6, 1.9) if large else (2.2, 1.2)
-    left, bottom = 0.46 / width, 0.22 / height
+    left, right, bottom = 0.5 / width, 1.0 - 0.14 / width, 0.22 / height
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(width, height))
-        axes = figure.add_axes((left, bottom, 0.98 - left, 0.96 - bottom))
+        axes = figure.add_axes((left, bottom, right - left, 0.96 - bottom))
         for i, (x, y) in enumerate(curves):
             marker = "o" if np.isfinite(y).sum() == 1 else ""
             axes.plot(x, y, color=_colour(i), lw=1.4, marker=marker, ms=3)
