@@ -7,19 +7,27 @@ MINUTES ?= inf
 # MuJoCo Warp where there is an NVIDIA driver.
 EXTRAS := $(if $(wildcard /proc/driver/nvidia),[gpu])
 
-.PHONY: train test check format clean
+.PHONY: train test check browser format clean
 
+# The report comes last: it shows the whole walking test.
 train: .venv/installed
 	if [ -f $(RUN)/checkpoint.pt ]; then \
-	  $(BIN)/kouros train --resume $(RUN) --minutes $(MINUTES); \
+	  $(BIN)/kouros train --resume $(RUN) --minutes $(MINUTES) --no-report; \
 	else \
-	  $(BIN)/kouros train --run $(RUN) --minutes $(MINUTES); \
+	  $(BIN)/kouros train --run $(RUN) --minutes $(MINUTES) --no-report; \
 	fi
 	$(BIN)/kouros eval $(RUN)
 	$(BIN)/kouros play $(RUN)
+	$(BIN)/kouros report $(RUN)
 
-test: .venv/installed-dev check
+test: .venv/installed-dev check browser
 	$(BIN)/python -m pytest
+
+# A browser opens the reports in the tests, which leave that out where there is none.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
+	  echo "no browser to open reports in: sudo apt-get install chromium"
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

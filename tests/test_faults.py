@@ -194,7 +194,7 @@ class TestDisk:
 
     def test_log_that_cannot_be_written_is_kept(self, tmp_path: Path) -> None:
         told: list[str] = []
-        with run.RunLogger(tmp_path, 0, told.append) as logger:
+        with run.RunLogger(tmp_path, 0, tell=told.append) as logger:
             for i in range(1, 9):
                 if i == 4:
                     logger._file.close()

@@ -124,7 +124,7 @@ class TestRun:
     def test_ctrl_c_saves(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
         process = subprocess.Popen(
-            [sys.executable, "-m", "kouros.cli", "train", "--run", str(folder), *TINY],
+            [sys.executable, "-m", "kouros.cli", "train", "--run", str(folder), "--no-report", *TINY],
             stdout=subprocess.PIPE,
             text=True,
         )

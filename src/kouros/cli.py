@@ -98,6 +98,32 @@ class Export:
 
 
 @dataclasses.dataclass
+class Report:
+    """Write report.html into a run's folder: curves, walking test, configuration and a video on one page."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    episodes: int = 32
+    """Episodes of the walking test, where there is no eval.json of the policy as it is now."""
+
+    def __post_init__(self) -> None:
+        require(self, "episodes", self.episodes > 0, "must be greater than 0")
+
+
+@dataclasses.dataclass
+class Compare:
+    """Write a page with the curves of several runs on common axes, and what else differs between them."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, two or more."""
+    output: Path = Path("compare.html")
+    """HTML file."""
+
+    def __post_init__(self) -> None:
+        require(self, "runs", len(self.runs) > 1, "name at least two")
+
+
+@dataclasses.dataclass
 class Inspect:
     """Say what a policy file says of itself: robot, joints, gains, sensors, clocks, training."""
 
@@ -198,8 +224,15 @@ def train(config: TrainConfig) -> None:
 
     check_measured(config.env.actor_observations, config.env.wrappers)  # now, not after the training
     folder = train(config)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
-        export(Export(folder))
+    if os.environ.get("RANK", "0") != "0":
+        return  # of torchrun's processes the first alone writes
+    export(Export(folder))
+    if config.report:
+        try:
+            report(Report(folder))
+        except (Exception, KeyboardInterrupt) as error:  # the run is whole without it
+            reason = str(error) or "interrupted"
+            print(f"kouros: no report ({reason}); kouros report {folder} makes one", file=sys.stderr)
 
 
 def evaluate(config: Eval) -> None:
@@ -253,16 +286,9 @@ def _walk_table(result: WalkResult, config: Eval) -> Table:
     from rich.table import Table
 
     table = Table("figure", "measured", "walking means", "", title=str(config.policy))
-    for name, (what, unit, low, high) in result.bar.items():
-        value = getattr(result, name)
-        bar = "" if math.isinf(high) and low == 0 else f"{low:g} to {high:g}"
-        if math.isinf(high) and low:
-            bar = f"at least {low:g}"
-        mark = "[red]missed[/red]" if name in result.failures() else ("[green]ok[/green]" if bar else "")
-        text = f"{value:.3f} {unit}"
-        if name == "survival":
-            text += f" ({result.survival_low:.3f} to {result.survival_high:.3f})"
-        table.add_row(what, text, bar, mark)
+    colours = {"missed": "[red]missed[/red]", "ok": "[green]ok[/green]"}
+    for what, measured, bar, mark in result.table():
+        table.add_row(what, measured, bar, colours.get(mark, ""))
     return table
 
 
@@ -313,6 +339,18 @@ def play(config: Play) -> None:
         statistics,
     )
     print(f"saved {output}")
+
+
+def report(config: Report) -> None:
+    from kouros.report import write_report
+
+    print(f"saved {write_report(config.run, config.episodes)}")
+
+
+def compare(config: Compare) -> None:
+    from kouros.report import write_comparison
+
+    print(f"saved {write_comparison(config.runs, config.output)}")
 
 
 def export(config: Export) -> None:
@@ -501,6 +539,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, train),
     "eval": (Eval, evaluate),
     "play": (Play, play),
+    "report": (Report, report),
+    "compare": (Compare, compare),
     "export": (Export, export),
     "inspect": (Inspect, inspect),
     "verify": (Verify, verify),

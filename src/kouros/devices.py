@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from kouros.checks import check_choice
@@ -28,6 +29,15 @@ def pick_device(device: str = "auto") -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe_device(device: str) -> str:
+    """The device by name: ``cpu, 2 cores``, ``cuda, NVIDIA H100``."""
+    if device == "cpu":
+        return f"cpu, {os.cpu_count()} cores"
+    import torch
+
+    return f"{device}, {torch.cuda.get_device_name(device)}"
 
 
 def require_cuda(device: str) -> None:

@@ -37,12 +37,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def plain(content: Any) -> Any:
+    """As JSON has it: tuples become lists, paths strings, and NaN and infinity, unknown to JSON, None."""
+    return json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
+
+
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON, whole or not at all; paths become strings, and NaN and infinity, unknown to JSON, null.
+    """Write :func:`plain` content as JSON, whole or not at all.
 
     Raises:
       OSError: the file cannot be written.
     """
-    plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
+        temporary.write_text(json.dumps(plain(content), indent=2) + "\n", "utf-8")

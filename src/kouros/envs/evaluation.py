@@ -169,6 +169,21 @@ class WalkResult:
             name for name, (_, _, low, high) in self.bar.items() if not low <= getattr(self, name) <= high
         ]
 
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """For each figure of the bar: what it is, what was measured, what counts, and ``ok`` or ``missed``;
+        where nothing counts, two empty texts."""
+        rows = []
+        for name, (what, unit, low, high) in self.bar.items():
+            text = f"{getattr(self, name):.3f} {unit}"
+            if name == "survival":
+                text += f" ({self.survival_low:.3f} to {self.survival_high:.3f})"
+            bar = "" if math.isinf(high) and low == 0 else f"{low:g} to {high:g}"
+            if math.isinf(high) and low:
+                bar = f"at least {low:g}"
+            mark = "missed" if name in self.failures() else ("ok" if bar else "")
+            rows.append((what, text, bar, mark))
+        return rows
+
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Confidence interval of a proportion (Wilson 1927), 95 % by default."""

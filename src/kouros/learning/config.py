@@ -113,6 +113,10 @@ class TrainConfig:
     """Iterations between rows of the log, which hold means over them; a GPU never waits in between."""
     seed: int = 0
     """Seed of networks, exploration and worlds: the same seed gives the same policy on the CPU."""
+    wandb: str = ""
+    """Project of Weights & Biases to send the log to as well; needs pip install 'kouros[wandb]'."""
+    report: bool = True
+    """At the end, make report.html: curves, the walking test and a video on one page."""
     device: str = "auto"
     """Where the worlds and the networks live: cpu, cuda, cuda:N, or auto for a GPU where there is one."""
     env: HumanoidEnvConfig = dataclasses.field(default_factory=HumanoidEnvConfig)

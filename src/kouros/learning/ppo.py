@@ -565,6 +565,12 @@ class PPOAgent:
             part.zero_()
         self._since_log = dict.fromkeys(self._since_log, 0)
 
+    @torch.no_grad()
+    def last_step(self) -> dict[str, torch.Tensor]:
+        """``actions`` as drawn and ``observations`` as normalized now: the last step, a row a world."""
+        obs = self.actor.normalizer(self._rollout.obs[-1])
+        return {"actions": self._rollout.actions[-1], "observations": obs}
+
     def _shuffle(self, n: int) -> torch.Tensor:
         return torch.randperm(n, generator=self._generator, device=self.device)
 

@@ -21,13 +21,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kouros import __version__
-from kouros.devices import has_gpu, pick_device
+from kouros.devices import describe_device, has_gpu, pick_device
 from kouros.envs.config import CALM, HumanoidEnvConfig, from_plain
 from kouros.envs.contract import check_contract, policy_contract, require_version
 from kouros.envs.wrappers import make_env, make_policy_env
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
+from kouros.learning.monitor import (
+    Hardware,
+    WandbLogger,
+    add_histogram,
+    histogram,
+    randomization_log,
+    require_wandb,
+)
 from kouros.learning.networks import ActorNetwork, CriticNetwork
 from kouros.learning.ppo import PPOAgent
 from kouros.learning.ranks import Ranks, joined, rank_device
@@ -51,6 +59,8 @@ COLUMNS = (
 PLOT_INTERVAL = 30.0
 # Replays of sick worlds that a run keeps, the newest.
 REPLAYS = 10
+# Seconds between histograms.
+HISTOGRAM_INTERVAL = 30.0
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -73,6 +83,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
       OSError: the disk is full, and was until the end; what was saved before is whole.
       DivergedError: it does, however small the learning rate.
       RuntimeError: another process died.
+      ImportError, RuntimeError: Weights & Biases is asked for, and is not installed, or refuses.
     """
     device = rank_device(pick_device(config.device))
     with joined(device) as ranks:
@@ -94,6 +105,8 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
     require_room(folder)
     for half in folder.glob(".*.pt") if ranks.first else ():  # of a run that was killed while it wrote
         half.unlink(missing_ok=True)
+    if config.wandb:
+        require_wandb(config.wandb)
     if device == "cpu" and config.device == "auto" and has_gpu():
         console.print("there is a GPU that cannot be used, kouros doctor says why: training on the CPU")
     if device.startswith("cuda"):
@@ -105,6 +118,7 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
         agent.load_checkpoint(path)
     plain = {**dataclasses.asdict(config), "run": folder, "steps": steps}
     origin = {"run": str(folder), "kouros": __version__, "revision": _revision()}
+    origin["device"] = describe_device(device)
     console.print(f"{config.task} · {env.simulation} · run folder {folder}")
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {env.num_envs} worlds each")
@@ -169,7 +183,11 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
 
     start = time.monotonic()
     display = _Display(steps, config.minutes, console)
-    logger = RunLogger(folder, agent.iteration, console.print) if ranks.first else NoLogger()
+    hardware = Hardware(device)
+    logger: RunLogger | NoLogger = NoLogger()
+    if ranks.first:
+        wandb = WandbLogger(folder, config) if config.wandb else None
+        logger = RunLogger(folder, agent.iteration, wandb, console.print)
     with _say_how_to_go_on(folder, ranks), logger, display, interrupted() as asked:
 
         def after_iteration(log: dict[str, float]) -> bool:
@@ -180,8 +198,11 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
                 "steps": agent.total_steps / 1e6,
                 "minutes": minutes,
                 "learning/rollbacks": rollbacks,
+                **hardware.read(),
+                **randomization_log(env),
             }
             logger.write(log)
+            logger.write_histograms(agent, every=HISTOGRAM_INTERVAL)
             display.show(log)
             tell_what_is_wrong(log)
             for move in env.curriculum.manager.history[told:] if env.curriculum else ():
@@ -445,14 +466,22 @@ class RunLogger:
     Args:
       folder: the run's.
       iteration: what came after it in an interrupted run is forgotten, as the checkpoint did.
+      wandb: also gets all of it, and is closed with it.
       tell: given a line of text when something cannot be written.
     """
 
-    def __init__(self, folder: Path, iteration: int, tell: Callable[[str], None] = print) -> None:
-        self.folder, self._path, self._tell = folder, folder / "metrics.jsonl", tell
+    def __init__(
+        self,
+        folder: Path,
+        iteration: int,
+        wandb: WandbLogger | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.folder, self._path, self._tell, self._wandb = folder, folder / "metrics.jsonl", tell, wandb
         self.rows = read_metrics(self._path) if iteration else []
-        self._plotted = -math.inf
+        self._plotted = self._counted = -math.inf
         self._files = contextlib.ExitStack()
+        self._broken: float | None = None  # the first iteration whose row could not be written
         self.forget(iteration)
         self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
 
@@ -481,10 +510,13 @@ class RunLogger:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        if self._wandb:
+            self._wandb.close()
 
     def write(self, log: dict[str, float]) -> None:
         self.rows.append(log)
-        new = [log]
+        if self._wandb:
+            self._wandb.write(log)
         try:
             if not self._path.exists() or self._broken:
                 first = self._broken or self.rows[0]["iteration"]
@@ -494,6 +526,7 @@ class RunLogger:
             else:
                 self._file.write(json.dumps(log) + "\n")
                 self._file.flush()
+                new = [log]
             for row in new:
                 for key, value in row.items():
                     self._board.add_scalar(key, value, int(row["iteration"]))
@@ -503,7 +536,18 @@ class RunLogger:
                 self._tell(f"[bold red]the log cannot be written[/bold red]: {error}; it is kept for later")
             self._broken = self._broken or log["iteration"]
 
-    _broken: float | None = None  # the first iteration whose row could not be written
+    def write_histograms(self, agent: PPOAgent, every: float = 0.0) -> None:
+        """Of the last step's actions and observations, unless that was less than ``every`` seconds ago."""
+        if time.monotonic() - self._counted < every or self._broken:
+            return
+        self._counted = time.monotonic()
+        counted = {name: histogram(values) for name, values in agent.last_step().items()}
+        drawn = {f"histogram/{name}": h for name, h in counted.items() if h}
+        with contextlib.suppress(OSError):
+            for name, h in drawn.items():
+                add_histogram(self._board, name, h, agent.iteration)
+        if self._wandb:
+            self._wandb.write_histograms(drawn, agent.iteration)
 
     def plot(self, every: float = 0.0) -> None:
         """``learning_curve.png`` of all rows so far, unless it was drawn less than ``every`` seconds ago."""
@@ -524,6 +568,7 @@ class NoLogger:
     def __exit__(self, *_: object) -> None: ...
     def forget(self, iteration: int) -> None: ...
     def write(self, log: dict[str, float]) -> None: ...
+    def write_histograms(self, agent: PPOAgent, every: float = 0.0) -> None: ...
     def plot(self, every: float = 0.0) -> None: ...
 
 
