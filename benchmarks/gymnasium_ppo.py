@@ -250,9 +250,14 @@ def run(learner: Learner, task: Task, seed: int, config: Config) -> None:
         "settings": ours if learner == "kouros" else THEIRS[task],
         "machine": processor(),
         "versions": {"python": platform.python_version()} | versions(PACKAGES),
-        "curve": curve[:: math.ceil(len(curve) / 200) or 1],
+        "curve": thinned(curve),
     }
     write_json(file_of(config, learner, task, seed), content)
+
+
+def thinned(curve: Curve, points: int = 100) -> dict[str, list[float]]:
+    kept = curve[:: math.ceil(len(curve) / points) or 1]
+    return {"steps": [step for step, _ in kept], "returns": [round(value, 1) for _, value in kept]}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -317,8 +322,8 @@ def summarize(config: Config) -> None:
     if not found:
         raise SystemExit(f"no runs in {config.output}")
     summary: dict[str, Any] = {}
-    table = Table(title=f"{found[0]['steps']:,} steps, mean action, {found[0]['machine']}")
-    for column in ("task", "learner", "seeds", "return", "spread", "95% interval", "steps/s", "ratio"):
+    table = Table(title=f"{found[0]['steps'] / 1e6:.2f} million steps; {found[0]['machine']}")
+    for column in ("task", "learner", "runs", "return", "spread", "95% interval", "steps/s", "ratio"):
         table.add_column(column, justify="left" if column in ("task", "learner") else "right")
     for task in config.tasks:
         rows: dict[str, Any] = {}
@@ -341,7 +346,7 @@ def summarize(config: Config) -> None:
             low, high = row["interval"]
             table.add_row(
                 task,
-                LABELS[learner],
+                learner,
                 str(len(runs)),
                 f"{row['return']:,.0f}",
                 f"{row['spread']:,.0f}",
@@ -363,12 +368,13 @@ def plot(runs: list[dict[str, Any]], tasks: tuple[str, ...]) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for learner, label in LABELS.items():
-            curves = [r["curve"] for r in runs if (r["learner"], r["task"]) == (learner, task) and r["curve"]]
+            curves = [r["curve"] for r in runs if (r["learner"], r["task"]) == (learner, task)]
+            curves = [c for c in curves if c["steps"]]
             if not curves:
                 continue
-            start, end = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
+            start, end = max(c["steps"][0] for c in curves), min(c["steps"][-1] for c in curves)
             grid = np.linspace(start, end, 200)
-            values = np.array([np.interp(grid, *zip(*c, strict=True)) for c in curves])
+            values = np.array([np.interp(grid, c["steps"], c["returns"]) for c in curves])
             (line,) = axes.plot(grid / 1e6, values.mean(0), label=label)
             axes.fill_between(
                 grid / 1e6, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0
