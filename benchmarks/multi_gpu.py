@@ -14,6 +14,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -25,7 +26,7 @@ from kouros.envs.wrappers import make_env
 from kouros.files import write_json
 from kouros.learning.config import train_defaults
 from kouros.learning.ppo import PPOAgent
-from kouros.learning.ranks import joined, rank_device
+from kouros.learning.ranks import Ranks, joined, rank_device
 
 
 @dataclasses.dataclass
@@ -44,32 +45,36 @@ class Config:
     """JSON file that the row is added to."""
 
 
+def measure(config: Config, device: str, ranks: Ranks) -> dict[str, Any]:
+    """What a row of the table says."""
+    run = train_defaults(device)
+    run.env.num_envs, run.ppo.horizon = config.worlds, config.horizon
+    run.ppo.actor_hidden = run.ppo.critic_hidden = config.hidden
+    if device == "cpu":
+        run.env.num_threads = 1
+    agent = PPOAgent(make_env(run.env, device), run.ppo, ranks=ranks)
+    agent.train(10, log_interval=10)
+    ranks.everywhere([0.0])  # all begin together
+    start = time.perf_counter()
+    agent.train(config.iterations, log_interval=config.iterations)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    (slowest,) = max(ranks.everywhere([time.perf_counter() - start]))
+    return {
+        "processes": ranks.size,
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "worlds_each": config.worlds,
+        "samples": agent.samples,
+        "iteration_s": slowest / config.iterations,
+        "steps_per_second": config.iterations * agent.samples / slowest,
+    }
+
+
 def main(config: Config) -> None:
     device = rank_device(pick_device())
     with joined(device) as ranks:
-        run = train_defaults(device)
-        run.env.num_envs, run.ppo.horizon = config.worlds, config.horizon
-        run.ppo.actor_hidden = run.ppo.critic_hidden = config.hidden
-        if device == "cpu":
-            run.env.num_threads = 1
-        agent = PPOAgent(make_env(run.env, device), run.ppo, ranks=ranks)
-        agent.train(10, log_interval=10)
-        ranks.everywhere([0.0])  # all begin together
-        start = time.perf_counter()
-        agent.train(config.iterations, log_interval=config.iterations)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        (slowest,) = max(ranks.everywhere([time.perf_counter() - start]))
-        first = ranks.first
-        row = {
-            "processes": ranks.size,
-            "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
-            "worlds_each": config.worlds,
-            "samples": agent.samples,
-            "iteration_s": slowest / config.iterations,
-            "steps_per_second": config.iterations * agent.samples / slowest,
-        }
-    if not first:
+        row = measure(config, device, ranks)
+    if not ranks.first:
         return
     rows = json.loads(config.output.read_text()) if config.output and config.output.exists() else []
     rows.append(row)

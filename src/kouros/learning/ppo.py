@@ -146,6 +146,8 @@ class PPOAgent:
     ) -> None:
         self.env, self.seed, self.config, self.ranks = env, seed, config or PPOConfig(), ranks
         self.device = torch.device(device or getattr(env, "device", None) or "cpu")
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         config = self.config
         obs_dim = _box_size("observation", env.single_observation_space)
         action_dim = _box_size("action", env.single_action_space)

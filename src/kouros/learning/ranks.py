@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -97,4 +98,6 @@ def joined(device: str) -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo")
     yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    dist.destroy_process_group()  # not after an error: it would wait for those that are dead
+    # Not after an error: it would wait for those that are dead. And it waits for recorded graphs to be gone.
+    gc.collect()
+    dist.destroy_process_group()

@@ -186,6 +186,7 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
     hardware = Hardware(device)
     logger: RunLogger | NoLogger = NoLogger()
     if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
         wandb = WandbLogger(folder, config) if config.wandb else None
         logger = RunLogger(folder, agent.iteration, wandb, console.print)
     with _say_how_to_go_on(folder, ranks), logger, display, interrupted() as asked:
