@@ -63,7 +63,7 @@ def bare(rate: float, seconds: float) -> list[float]:
 
 def kouros(*arguments: object) -> None:
     command = [sys.executable, "-m", "kouros", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, stdout=subprocess.DEVNULL)  # a robot that was braked has its report too
 
 
 def row(name: str, values: list[float], seconds: float) -> dict[str, Any]:
