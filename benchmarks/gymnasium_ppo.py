@@ -5,9 +5,10 @@
     python benchmarks/gymnasium_ppo.py --summarize      # table, benchmarks/results/gymnasium_ppo.json, figure
 
 Each run (learner, task, seed) leaves one JSON file in ``--output``; one that is there is not run again, so
-the benchmark can be stopped, gone on with, and spread over machines: ``--only kouros Hopper-v5 0``. A run
-has one torch thread and, where the system can do that, one core. Both learners train in float32 on the CPU,
-in the same process layout, from the same ``gymnasium.make``.
+the benchmark can be stopped, gone on with, and spread over machines: ``--only kouros Hopper-v5 0``. The
+peer's runs, which take longer, are saved on the way every 50,000 steps, and go on from there (with new
+episodes). A run has one torch thread and, where the system can do that, one core. Both learners train in
+float32 on the CPU, in the same process layout, from the same ``gymnasium.make``.
 
 What is compared, for both alike: the undiscounted sum of the environment's own rewards. The curve is the
 mean of the last 100 finished training episodes; the final return is that of the mean action over 20 episodes
@@ -66,6 +67,8 @@ COMMON = PPOConfig(
     initial_std=0.14,
 )
 WORLDS = 16
+# Steps between what the peer's runs save.
+SAVE = 50_000
 OURS: dict[str, PPOConfig] = {
     "HalfCheetah-v5": COMMON,
     # With a small deviation and a long discount it learns to stand still, for the reward of being alive: more
@@ -159,7 +162,7 @@ class Config:
     """No runs: table, JSON and figure of those that are there."""
 
 
-def train_kouros(task: str, seed: int, steps: int) -> tuple[Policy, dict[str, Any]]:
+def train_kouros(task: str, seed: int, steps: int, saved: Path) -> tuple[Policy, dict[str, Any]]:
     import gymnasium
     import torch
     from gymnasium.vector import AutoresetMode
@@ -186,7 +189,7 @@ def train_kouros(task: str, seed: int, steps: int) -> tuple[Policy, dict[str, An
     return lambda obs: agent.act(torch.as_tensor(obs, dtype=torch.float32)).numpy(), figures
 
 
-def train_sb3(task: str, seed: int, steps: int) -> tuple[Policy, dict[str, Any]]:
+def train_sb3(task: str, seed: int, steps: int, saved: Path) -> tuple[Policy, dict[str, Any]]:
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -194,7 +197,14 @@ def train_sb3(task: str, seed: int, steps: int) -> tuple[Policy, dict[str, Any]]
     from torch import nn
 
     config: dict[str, Any] = THEIRS[task]
-    env = VecNormalize(make_vec_env(task, n_envs=1, seed=seed), gamma=config["gamma"])
+    worlds = make_vec_env(task, n_envs=1, seed=seed)
+    before: dict[str, Any] = {"seconds": 0.0, "cpu_seconds": 0.0, "curve": []}
+    parts = [saved.with_suffix(suffix) for suffix in (".model", ".normalizer", ".times")]
+    if parts[-1].exists():  # the last of them that is written
+        env = VecNormalize.load(str(parts[1]), worlds)
+        before = json.loads(parts[2].read_text())
+    else:
+        env = VecNormalize(worlds, gamma=config["gamma"])
     hidden = [256, 256]
     policy = {
         "log_std_init": -2,
@@ -202,8 +212,15 @@ def train_sb3(task: str, seed: int, steps: int) -> tuple[Policy, dict[str, Any]]
         "activation_fn": nn.ReLU,
         "net_arch": {"pi": hidden, "vf": hidden},
     }
-    model = PPO("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=policy, **config)
-    curve: Curve = []
+    if parts[-1].exists():
+        model = PPO.load(parts[0], env, device="cpu")
+    else:
+        model = PPO("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=policy, **config)
+    curve: Curve = [(step, value) for step, value in before["curve"]]
+    due = model.num_timesteps + SAVE
+
+    def spent() -> dict[str, float]:
+        return {name: before[name] + value for name, value in times().items()}
 
     class Callback(BaseCallback):
         def _on_step(self) -> bool:
@@ -213,10 +230,17 @@ def train_sb3(task: str, seed: int, steps: int) -> tuple[Policy, dict[str, Any]]
             episodes = self.model.ep_info_buffer  # the last 100, under VecNormalize: raw
             if episodes:
                 curve.append((self.num_timesteps, float(np.mean([e["r"] for e in episodes]))))
+            nonlocal due
+            if self.num_timesteps >= due:
+                due += SAVE
+                parts[-1].unlink(missing_ok=True)
+                model.save(parts[0])
+                env.save(str(parts[1]))
+                write_json(parts[2], {**spent(), "curve": curve})
 
     times = stopwatch()
-    model.learn(steps, Callback())
-    figures = {"steps": model.num_timesteps, **times(), "curve": curve}
+    model.learn(steps - model.num_timesteps, Callback(), reset_num_timesteps=model.num_timesteps == 0)
+    figures = {"steps": model.num_timesteps, **spent(), "curve": curve}
     return lambda obs: model.predict(env.normalize_obs(obs), deterministic=True)[0], figures
 
 
@@ -244,7 +268,7 @@ def run(learner: Learner, task: Task, seed: int, config: Config) -> None:
 
     torch.set_num_threads(1)
     train = {"kouros": train_kouros, "sb3": train_sb3}[learner]
-    policy, figures = train(task, seed, config.steps)
+    policy, figures = train(task, seed, config.steps, file_of(config, learner, task, seed))
     curve = figures.pop("curve")
     returns = evaluate(policy, task, config.episodes)
     ours = dataclasses.asdict(OURS[task]) | {"worlds": WORLDS}

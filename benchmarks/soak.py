@@ -32,8 +32,9 @@ from kouros.envs.evaluation import evaluate_walk
 from kouros.envs.rewards import REWARDS
 from kouros.files import write_json
 from kouros.learning.config import train_defaults
+from kouros.learning.log import read_metrics
 from kouros.learning.ppo import PPOAgent
-from kouros.learning.run import load_policy, read_metrics, train
+from kouros.learning.run import load_policy, train
 
 
 @dataclasses.dataclass

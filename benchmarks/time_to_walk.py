@@ -20,7 +20,8 @@ from kouros.envs.config import RandomizationConfig
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.files import write_json
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, train_defaults
-from kouros.learning.run import load_policy, read_metrics, train
+from kouros.learning.log import read_metrics
+from kouros.learning.run import load_policy, train
 
 
 @dataclasses.dataclass

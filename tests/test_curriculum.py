@@ -20,8 +20,9 @@ from kouros.envs.config import CURRICULUM_FIELDS, CurriculumConfig, HumanoidEnvC
 from kouros.envs.curriculum import RunningCurriculum, make_stages
 from kouros.envs.humanoid import _STATE, HumanoidBaseEnv
 from kouros.learning.config import PPOConfig, TrainConfig
+from kouros.learning.log import read_metrics
 from kouros.learning.ppo import PPOAgent
-from kouros.learning.run import load_policy, read_metrics, train
+from kouros.learning.run import load_policy, train
 from test_warp import NoHost
 
 FLAT: dict[str, Any] = {"enabled": True, "terrain_difficulty": (0.0,) * 5}

@@ -22,8 +22,9 @@ from kouros.envs.replay import LENGTH, Replay
 from kouros.envs.rewards import REWARDS
 from kouros.learning import checkpoint, run
 from kouros.learning.config import TrainConfig
+from kouros.learning.log import RunLogger, read_metrics
 from kouros.learning.ppo import PPOAgent
-from kouros.learning.run import DivergedError, Watch, read_metrics, train
+from kouros.learning.run import DivergedError, Watch, train
 from test_learning import SMALL, Target
 from test_run import TINY, asked, tiny
 
@@ -194,7 +195,7 @@ class TestDisk:
 
     def test_log_that_cannot_be_written_is_kept(self, tmp_path: Path) -> None:
         told: list[str] = []
-        with run.RunLogger(tmp_path, 0, tell=told.append) as logger:
+        with RunLogger(tmp_path, 0, tell=told.append) as logger:
             for i in range(1, 9):
                 if i == 4:
                     logger._file.close()

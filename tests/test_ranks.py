@@ -16,8 +16,9 @@ import torch
 
 from kouros.envs.config import HumanoidEnvConfig
 from kouros.learning import checkpoint
+from kouros.learning.log import read_metrics
 from kouros.learning.ranks import Ranks
-from kouros.learning.run import _share, read_metrics, train
+from kouros.learning.run import _share, train
 from test_faults import differing
 from test_run import TINY, asked
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -20,14 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from kouros import report
 from kouros.cli import main
 from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, stand
 from kouros.envs.evaluation import evaluate_walk
 from kouros.learning.config import PPOConfig, TrainConfig
+from kouros.learning.log import read_metrics
 from kouros.learning.monitor import Hardware, histogram, randomization_log
-from kouros.learning.run import read_metrics, resumed, train
+from kouros.learning.run import resumed, train
 from kouros.report import write_comparison, write_report
 
 CHROMIUM = shutil.which("chromium")
@@ -376,6 +379,16 @@ class TestWandb:
         with pytest.raises(RuntimeError, match="wandb='refused': no login"):
             train(tiny(tmp_path / "run", wandb="refused"))
         assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+    def test_a_service_that_fails_on_the_way_is_said_once(self, wandb: Any, tmp_path, monkeypatch) -> None:
+        def fails(self: Any, *args: Any, **options: Any) -> None:
+            raise ConnectionError("no network")
+
+        monkeypatch.setattr(wandb.Run, "log", fails)
+        said = io.StringIO()
+        folder = train(tiny(tmp_path / "run", wandb="kouros-tests"), Console(file=said, width=200))
+        assert said.getvalue().count("Weights & Biases: no network; the training goes on") == 1
+        assert (folder / "checkpoint.pt").exists()
 
     @pytest.mark.parametrize("left", [None, types.ModuleType("wandb")])
     def test_not_installed_is_said_before_the_training(self, left, tmp_path, monkeypatch, capsys) -> None:

@@ -26,7 +26,8 @@ from kouros.envs.evaluation import ROBUST, ROUGH, WalkResult, evaluate_walk, rou
 from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig, TrainConfig
-from kouros.learning.run import SHIPPED, load_policy, read_metrics, resumed, train
+from kouros.learning.log import read_metrics
+from kouros.learning.run import SHIPPED, load_policy, resumed, train
 
 TINY = [
     "--env.num-envs=8",

@@ -21,7 +21,8 @@ from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.envs.play import write_video
 from kouros.files import plain, replacing
 from kouros.learning.config import DEFAULT_STEPS, train_defaults
-from kouros.learning.run import load_policy, read_metrics
+from kouros.learning.log import read_metrics
+from kouros.learning.run import load_policy
 
 Rows = list[dict[str, float]]
 

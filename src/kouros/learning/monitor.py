@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,21 @@ def require_wandb(project: str) -> None:
 class WandbLogger:
     """The log, to Weights & Biases. A resumed run goes on there too, by the id in ``wandb.id``.
 
+    A service that fails on the way is said once, and the training goes on.
+
     Args:
       folder: the run's.
       config: the run's; ``config.wandb`` is the project.
+      tell: given a line of text when the service fails.
 
     Raises:
       RuntimeError: the service refuses, for want of a login or of a network.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, tell: Callable[[str], None] = print) -> None:
         import wandb
 
+        self._tell, self._failed = tell, False
         path = folder / "wandb.id"
         name = path.read_text("utf-8") if config.resume and path.is_file() else secrets.token_hex(4)
         try:
@@ -152,15 +157,22 @@ class WandbLogger:
         path.write_text(name, "utf-8")
 
     def write(self, log: dict[str, float]) -> None:
-        self._run.log(log, step=int(log["iteration"]))
+        self._send(log, int(log["iteration"]))
+
+    def _send(self, content: dict[str, Any], iteration: int) -> None:
+        try:
+            self._run.log(content, step=iteration)
+        except Exception as error:  # whatever a service may raise
+            if not self._failed:
+                self._tell(f"Weights & Biases: {error}; the training goes on, metrics.jsonl has it all")
+            self._failed = True
 
     def write_histograms(self, drawn: dict[str, Histogram], iteration: int) -> None:
         import wandb
 
         pairs = {name: (h.counts.numpy(), h.edges.numpy()) for name, h in drawn.items()}
-        self._run.log(
-            {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}, step=iteration
-        )
+        self._send({name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}, iteration)
 
     def close(self) -> None:
-        self._run.finish()
+        with contextlib.suppress(Exception):
+            self._run.finish()
