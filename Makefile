@@ -21,7 +21,7 @@ train: .venv/installed
 	$(BIN)/kouros report $(RUN)
 
 test: .venv/installed-dev check browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope  # a class on one core: it shares its files
 
 # A browser opens the reports in the tests, which leave that out where there is none.
 browser:

@@ -23,7 +23,7 @@ from test_faults import differing
 from test_run import TINY, asked
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TRAIN = [*TORCHRUN, "-m", "--", "kouros", "train"]
+TRAIN = [*TORCHRUN, "-m", "--", "kouros", "train", "--no-report"]
 # The curriculum's judgement is of all worlds together.
 OPTIONS = [*TINY, "--env.curriculum.enabled"]
 for figure in ("terrain-difficulty", "push-frequency", "mass-variance", "friction-variance"):
