@@ -227,6 +227,28 @@ class TestSwitch:
         assert levels(manager, 16, 10) == pytest.approx([*(1.0 - k / 15 for k in range(1, 16)), 0.0])
         assert manager.history == [(0.04, "a", "b", "asked"), (0.18, "b", "a", "asked")]
 
+    def test_who_leaves_keeps_its_rate_and_who_has_left_begins_anew(self) -> None:
+        manager = fakes(a=Fake(0.0, control_dt=0.04), b=Fake(1.0), c=Fake(2.0))
+        acts = []
+
+        def step(k: int) -> None:
+            manager.step(still(0.02 * k))
+            acts.append(tuple(policy.acts for policy in manager.policies.values()))
+
+        for k in range(3):
+            step(k)
+        manager.switch_policy("b", 0.12)
+        for k in range(3, 6):
+            step(k)
+        manager.switch_policy("c", 0.06)  # in the middle of a blend: a is out of it
+        for k in range(6, 10):
+            step(k)
+        assert acts == [
+            *[(1, 0, 0), (1, 0, 0), (2, 0, 0)],
+            *[(2, 1, 0), (3, 2, 0), (3, 3, 0)],
+            *[(0, 4, 1), (0, 5, 2), (0, 0, 3), (0, 0, 4)],
+        ]
+
     def test_goes_by_steps_not_by_a_clock_that_jumps(self) -> None:
         manager = fakes(a=Fake(0.0), b=Fake(1.0))
         manager.step(still(0.0))
@@ -322,6 +344,15 @@ class TestTransitions:
         for time, active in ((1.5, "a"), (2.4, "a"), (2.5, "b")):
             manager.step(still(time, command=1.0))
             assert manager.active == active
+
+    def test_of_whoever_is_active_its_clock_goes_on_over_a_switch(self) -> None:
+        manager = fakes(a=Fake(0.0), b=Fake(1.0), c=Fake(2.0), blend_time=0.0)
+        manager.add_transition("a", "b", "commanded", after=0.04)
+        manager.add_transition("*", "c", "fallen", after=0.1)
+        assert levels(manager, 2, 0, tilt=90.0, command=1.0) == [0.0, 0.0]
+        assert levels(manager, 2, 2, tilt=90.0, command=1.0) == [1.0, 1.0]
+        manager.switch_policy("a")
+        assert levels(manager, 3, 4, tilt=90.0) == [0.0, 2.0, 2.0]
 
     def test_the_first_added_that_has_held_wins(self) -> None:
         def always(sensors: Any) -> bool:

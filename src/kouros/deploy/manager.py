@@ -155,8 +155,8 @@ class MultiPolicyManager:
           source: the policy that has to be active; ``*``: any but the target.
           target: the policy to switch to.
           when: one of :data:`CONDITIONS` by name, or a function of the sensors.
-          after: how long it has to hold without a break while the source is active, s, on the robot's clock.
-            Of several that have, the first added counts.
+          after: how long it has to hold without a break while the source is active, s, on the robot's clock;
+            with ``*`` a switch between two others is no break. Of several that have, the first added counts.
 
         Raises:
           ValueError: an unknown name, or a time that is not one.
@@ -242,12 +242,15 @@ class MultiPolicyManager:
         policy, own = self.policies[name], self._those_of(name, sensors)
         if due:
             policy.read(own)  # what is wrong with them is found before anybody moves
+            self._since = since
             self._switch(name, why, self.blend_time, sensors["time"])
         if self._ticks % self._every[name]:
             policy.read(own)
         else:
             self._held = policy.act(own)
-        self._time, self._since = sensors["time"], {} if due else since
+        self._time = sensors["time"]
+        if not due:
+            self._since = since
         self._ticks += 1
         self._sent, self.gains = self._held, policy.gains
         if self._ticks < self._blend:
@@ -300,6 +303,7 @@ class MultiPolicyManager:
         """Since when the conditions hold that do, and target and name of the transition that is due."""
         time: float = sensors["time"]
         since: dict[int, float] = {}
+        due: tuple[str, str] | None = None
         for number, (source, target, why, condition, after) in enumerate(self._transitions):
             if source not in (self.active, "*") or target == self.active:
                 continue
@@ -310,8 +314,8 @@ class MultiPolicyManager:
             if holds:
                 since[number] = self._since.get(number, time)
                 if time - since[number] >= after - 1e-9:
-                    return since, (target, why)
-        return since, None
+                    due = due or (target, why)
+        return since, due
 
     def _switch(self, name: str, why: str, blend_time: float, time: float) -> None:
         """Make ``name`` the active one, and begin a blend from what was last sent."""
@@ -324,7 +328,9 @@ class MultiPolicyManager:
         if name == self._leaving:
             self._dismiss()
         self.policies[name].reset()
-        self.active, self._ticks, self._since = name, 0, {}
+        self.active, self._ticks = name, 0
+        anybodys = [source == "*" and target != name for source, target, *_ in self._transitions]
+        self._since = {number: time for number, time in self._since.items() if anybodys[number]}
         self._blend = round(blend_time / self.control_dt) if self._sent else 0
 
     def _dismiss(self) -> None:
