@@ -111,6 +111,7 @@ class Faults:
     def full_disk(self, agent: PPOAgent) -> None:
         most = resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+        self.next = max(self.next, time.monotonic() + 25.0)  # this script's own file needs room too
         threading.Timer(20.0, resource.setrlimit, (resource.RLIMIT_FSIZE, (most, most))).start()
 
     def deleted_folder(self, agent: PPOAgent) -> None:
