@@ -462,8 +462,12 @@ def test_symmetric_networks_stay_symmetric_through_training() -> None:
 class TestBadInput:
     def test_spaces(self) -> None:
         env = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")])
-        with pytest.raises(TypeError, match="action space Discrete"):
+        with pytest.raises(TypeError, match="action space Discrete.*its actions are continuous"):
             PPOAgent(env, SMALL)
+        named = Target()
+        named.single_observation_space = gymnasium.spaces.Dict({"a": named.single_observation_space})
+        with pytest.raises(TypeError, match="observation space Dict.*FlattenObservation"):
+            PPOAgent(named, SMALL)
 
     def test_minibatches(self) -> None:
         with pytest.raises(ValueError, match=r"minibatches=5: must divide .* 8 x 64 = 512"):

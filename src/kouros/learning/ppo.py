@@ -907,5 +907,8 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 def _box_size(what: str, space: gymnasium.Space) -> int:
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-        raise TypeError(f"{what} space {space}: PPOAgent needs a one-dimensional Box")
+        fix = "its actions are continuous; take an environment whose are"
+        if what != "action":
+            fix = "gymnasium.wrappers.vector.FlattenObservation makes one"
+        raise TypeError(f"{what} space {space}: PPOAgent needs a one-dimensional Box: {fix}")
     return int(space.shape[0])
