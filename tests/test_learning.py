@@ -462,11 +462,11 @@ def test_symmetric_networks_stay_symmetric_through_training() -> None:
 class TestBadInput:
     def test_spaces(self) -> None:
         env = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")])
-        with pytest.raises(TypeError, match="action space Discrete.*its actions are continuous"):
+        with pytest.raises(TypeError, match=r"action space Discrete.*its actions are continuous"):
             PPOAgent(env, SMALL)
         named = Target()
         named.single_observation_space = gymnasium.spaces.Dict({"a": named.single_observation_space})
-        with pytest.raises(TypeError, match="observation space Dict.*FlattenObservation"):
+        with pytest.raises(TypeError, match=r"observation space Dict.*FlattenObservation"):
             PPOAgent(named, SMALL)
 
     def test_minibatches(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ class Recorded:
         torch.cuda.synchronize(device)
 
         self._graph = torch.cuda.CUDAGraph()
+        _recordings.add(self)
         for generator in generators:
             self._graph.register_generator_state(generator)
         # A pool by thread: MuJoCo Warp's loops suspend the recording, and torch would take the memory
@@ -85,6 +87,13 @@ class Recorded:
 
 
 _broken: list[Any] = []
+_recordings: weakref.WeakSet[Recorded] = weakref.WeakSet()
+
+
+def drop_recordings() -> None:
+    """Give back all recordings there are; none can be replayed any more."""
+    for recorded in list(_recordings):
+        recorded._graph.reset()
 
 
 @functools.cache

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from kouros.graphs import drop_recordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,5 @@ def joined(device: str) -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo")
     yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    # Not after an error: it would wait for those that are dead. And it waits for recorded graphs to be gone.
-    gc.collect()
-    dist.destroy_process_group()
+    drop_recordings()  # those that hold an all-reduce: the next line would wait for them to go
+    dist.destroy_process_group()  # not after an error: it would wait for those that are dead
