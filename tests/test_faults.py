@@ -251,6 +251,7 @@ KILLING = """
 import os, random, signal, sys, time
 import torch
 from kouros.learning import checkpoint
+torch.set_num_threads(1)  # a forked child would wait for its parent's other threads
 path, chance = sys.argv[1], random.Random(0)
 for kill in range(100):
     child = os.fork()  # of one interpreter: to import torch takes longer than all the rest
@@ -275,7 +276,8 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     """100 times: a process that does nothing but save is killed at a random moment."""
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"n": 0, "x": torch.zeros(200_000)})
-    done = subprocess.run([sys.executable, "-c", KILLING, str(path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", KILLING, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 100
 
