@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mujoco
@@ -68,10 +68,7 @@ def write_video(
       RuntimeError: this machine can draw nothing; the message says what to install.
       ValueError: the size is more than the renderer has, or not even; no time, or no finite command.
     """
-    import imageio_ffmpeg
-
-    if size[0] % 2 or size[1] % 2 or not (0 < size[0] <= 1280 and 0 < size[1] <= 720):
-        raise ValueError(f"width x height = {size}: even numbers up to 1280 x 720")
+    _check_size(size)
     if not (0 < seconds < math.inf and fps > 0):
         raise ValueError(f"seconds={seconds}, fps={fps}: must be greater than 0")
     if command and not all(map(math.isfinite, command)):
@@ -80,20 +77,40 @@ def write_video(
     quality = robot.env.simulation.model.vis.quality
     if draft:
         quality.offsamples, quality.shadowsize = 0, 1024
-    camera = Camera(robot.env.simulation.model, robot.env.robot.base_body, *size)
     dt = config.control_dt
     every = max(1, round(1.0 / (fps * dt)))
     steps = math.ceil(seconds / dt)
+    camera = Camera(robot.env.simulation.model, robot.env.robot.base_body, *size)
+    with _film(camera, path, size, 1.0 / (every * dt)) as add:
+        for step in track(range(steps), f"writing {path}", transient=True):
+            robot.step(command or TOUR[step * len(TOUR) // steps])
+            if step % every == 0:
+                add(robot.env.simulation.data(0))
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if size[0] % 2 or size[1] % 2 or not (0 < size[0] <= 1280 and 0 < size[1] <= 720):
+        raise ValueError(f"width x height = {size}: even numbers up to 1280 x 720")
+
+
+@contextlib.contextmanager
+def _film(
+    camera: Camera, path: Path, size: tuple[int, int], fps: float, times: int = 1
+) -> Iterator[Callable[[mujoco.MjData], None]]:
+    """An H.264 mp4 under way; gives what adds a picture of a world, ``times`` over. Closes the camera."""
+    import imageio_ffmpeg
+
     with contextlib.closing(camera), replacing(path) as temporary:
-        video = imageio_ffmpeg.write_frames(
-            str(temporary), size, fps=1.0 / (every * dt), macro_block_size=2, quality=7
-        )
+        video = imageio_ffmpeg.write_frames(str(temporary), size, fps=fps, macro_block_size=2, quality=7)
         with contextlib.closing(video):
             video.send(None)  # starts the encoder
-            for step in track(range(steps), f"writing {path}", transient=True):
-                robot.step(command or TOUR[step * len(TOUR) // steps])
-                if step % every == 0:
-                    video.send(camera.picture(robot.env.simulation.data(0)))
+
+            def add(data: mujoco.MjData) -> None:
+                picture = camera.picture(data)
+                for _ in range(times):
+                    video.send(picture)
+
+            yield add
 
 
 def write_replay(replay: Replay, path: Path, size: tuple[int, int] = (640, 480), slower: int = 5) -> str:
@@ -110,10 +127,10 @@ def write_replay(replay: Replay, path: Path, size: tuple[int, int] = (640, 480),
 
     Raises:
       RuntimeError: this machine can draw nothing; the message says what to install.
-      ValueError: the replay is of another version of Kouros.
+      ValueError: the size is more than the renderer has, or not even; the replay is of another version of
+        Kouros.
     """
-    import imageio_ffmpeg
-
+    _check_size(size)
     config = from_plain(HumanoidEnvConfig, replay.environment)
     robot = get_robot(config.robot)
     model = make_model(robot, config)
@@ -125,16 +142,12 @@ def write_replay(replay: Replay, path: Path, size: tuple[int, int] = (640, 480),
     camera = Camera(model, robot.base_body, *size)
     fps = 25
     pictures = max(1, round(slower * config.control_dt * fps))
-    with contextlib.closing(camera), replacing(path) as temporary:
-        video = imageio_ffmpeg.write_frames(str(temporary), size, fps=fps, macro_block_size=2, quality=7)
-        with contextlib.closing(video):
-            video.send(None)
-            for qpos, qvel in zip(replay.qpos, replay.qvel, strict=True):
-                if np.isfinite(qpos).all() and np.isfinite(qvel).all() and np.abs(qpos).max() < SICK:
-                    data.qpos[:], data.qvel[:] = qpos, qvel
-                    mujoco.mj_forward(model, data)
-                for _ in range(pictures):
-                    video.send(camera.picture(data))
+    with _film(camera, path, size, fps, pictures) as add:
+        for qpos, qvel in zip(replay.qpos, replay.qvel, strict=True):
+            if np.isfinite(qpos).all() and np.isfinite(qvel).all() and np.abs(qpos).max() < SICK:
+                data.qpos[:], data.qvel[:] = qpos, qvel
+                mujoco.mj_forward(model, data)
+            add(data)
     return _diagnosis(replay, model)
 
 

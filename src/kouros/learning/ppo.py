@@ -816,7 +816,7 @@ class _Learner:
         self.place_gradient(self.gradient)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that :meth:`descend` and the log change."""
+        """All that :meth:`step` and the log change."""
         found = [self.vector, self.skipped, self.sums]
         for piece in self.optimizer.param_groups[0]["params"]:
             state = self.optimizer.state[piece]

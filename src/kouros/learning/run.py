@@ -132,15 +132,15 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
         """Keep the present state as the good one, and write it; what fails is tried again later."""
         nonlocal saved, unsaved, good
         content = agent.checkpoint_dict()
-        good = checkpoint.pack(content if ranks.first else agent.state_dict())
+        training = {**origin, "task": config.task, "seed": config.seed, "steps": agent.total_steps}
+        extra = {"contract": {**policy_contract(env), "training": training}}
+        good = checkpoint.pack({**extra, **content})
         watch.tries, saved = 0, agent.iteration
         if not ranks.first:
             return
-        training = {**origin, "task": config.task, "seed": config.seed, "steps": agent.total_steps}
-        extra = {"contract": {**policy_contract(env), "training": training}}
         try:
             write_json(folder / "config.json", plain)
-            checkpoint.save(path, {**extra, **content})
+            checkpoint.write(path, good)
             checkpoint.save(folder / "policy.pt", {**extra, **agent.policy_state()})
             keep_checkpoint(path, agent.iteration, config.keep)
             unsaved = -1
