@@ -1,4 +1,5 @@
-"""What each figure of the learner is worth: one change at a time, samples and minutes until it walks.
+"""What each figure of the learner is worth: one change at a time, samples and minutes until it walks, and
+the reward and the KL divergence between policies at the end.
 
     python benchmarks/ablation.py --devices cuda:0 cuda:1 --testers 16 \\
         --output benchmarks/results/ablation.json
@@ -12,6 +13,7 @@ tested, so that this can be stopped, gone on with, and spread over sessions.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import queue
 import statistics
@@ -65,7 +67,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each."""
     devices: tuple[str, ...] = ("cuda:0",)
-    """Where to train, one run on each at a time."""
+    """Where to train, one run on each at a time. Name one twice, and the next run starts up meanwhile."""
     testers: int = 8
     """Processes that test, one core each."""
     steps: int = 12_000_000
@@ -99,7 +101,9 @@ def train_one(config: Config, change: str, seed: int) -> None:
     run.steps, run.seed, run.device, run.keep = config.steps, seed, config.device, -1
     run.save_interval = max(1, round(config.every / (run.env.num_envs * run.ppo.horizon)))
     run.run = folder_of(config, change, seed)
-    train(run, Console(quiet=True))
+    with open(config.runs / f"{config.device}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # alone on its device, for the minutes
+        train(run, Console(quiet=True))
 
 
 def test_one(config: Config, change: str, seed: int) -> None:
@@ -124,7 +128,16 @@ def test_one(config: Config, change: str, seed: int) -> None:
             low, high = (low, middle) if walks(middle) else (middle, high)
     row = rows[int(paths[high].stem.partition("-")[2])]
     result = {"change": change, "seed": seed, "walks": not tested[high], "failures": tested[high]}
-    write_json(folder / "ablation.json", {**result, "steps": row["steps"] * 1e6, "minutes": row["minutes"]})
+    result |= {"steps": row["steps"] * 1e6, "minutes": row["minutes"]}
+    write_json(folder / "ablation.json", result | end_of(folder))
+
+
+def end_of(folder: Path) -> dict[str, float]:
+    """What the last 5 % of a run's rows say."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    last = rows[-max(1, len(rows) // 20) :]
+    names = {"reward": "reward/mean", "kl": "learning/approx_kl"}
+    return {name: statistics.mean(row[key] for row in last) for name, key in names.items()}
 
 
 def run_all(config: Config) -> None:
@@ -163,7 +176,7 @@ def run_all(config: Config) -> None:
 def summarize(config: Config) -> None:
     paths = [folder_of(config, c, s) / "ablation.json" for c in config.changes for s in config.seeds]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
-    table = Table("change", "seeds that walk", "million steps", "minutes")
+    table = Table("change", "seeds that walk", "million steps", "minutes", "reward at the end", "KL")
     for change in config.changes:
         runs = [r for r in results if r["change"] == change]
         walking = [r for r in runs if r["walks"]]
@@ -172,7 +185,9 @@ def summarize(config: Config) -> None:
             steps, minutes = ([r[name] for r in walking] for name in ("steps", "minutes"))
             cells = [f"{statistics.mean(steps) / 1e6:.2f} ({min(steps) / 1e6:.2f} to {max(steps) / 1e6:.2f})"]
             cells.append(f"{statistics.mean(minutes):.2f}")
-        table.add_row(change, f"{len(walking)} of {len(runs)}", *cells)
+        if runs:
+            reward, kl = (statistics.mean(r[name] for r in runs) for name in ("reward", "kl"))
+            table.add_row(change, f"{len(walking)} of {len(runs)}", *cells, f"{reward:.4f}", f"{kl:.3f}")
     Console().print(table)
     if config.output:
         write_json(config.output, results)

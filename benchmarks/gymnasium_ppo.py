@@ -7,8 +7,9 @@
 Each run (learner, task, seed) leaves one JSON file in ``--output``; one that is there is not run again, so
 the benchmark can be stopped, gone on with, and spread over machines: ``--only kouros Hopper-v5 0``. The
 peer's runs, which take longer, are saved on the way every 50,000 steps, and go on from there (with new
-episodes). A run has one torch thread and, where the system can do that, one core. Both learners train in
-float32 on the CPU, in the same process layout, from the same ``gymnasium.make``.
+episodes); on another machine too, but its part does not count for the steps/s. A run has one torch thread
+and, where the system can do that, one core. Both learners train in float32 on the CPU, in the same process
+layout, from the same ``gymnasium.make``.
 
 What is compared, for both alike: the undiscounted sum of the environment's own rewards. The curve is the
 mean of the last 100 finished training episodes; the final return is that of the mean action over 20 episodes
@@ -198,7 +199,8 @@ def train_sb3(task: str, seed: int, steps: int, saved: Path) -> tuple[Policy, di
 
     config: dict[str, Any] = THEIRS[task]
     worlds = make_vec_env(task, n_envs=1, seed=seed)
-    before: dict[str, Any] = {"seconds": 0.0, "cpu_seconds": 0.0, "curve": []}
+    before: dict[str, Any] = {"machine": processor(), "timed_steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+    before["curve"] = []
     parts = [saved.with_suffix(suffix) for suffix in (".model", ".normalizer", ".times")]
     if parts[-1].exists():  # the last of them that is written
         env = VecNormalize.load(str(parts[1]), worlds)
@@ -219,8 +221,12 @@ def train_sb3(task: str, seed: int, steps: int, saved: Path) -> tuple[Policy, di
     curve: Curve = [(step, value) for step, value in before["curve"]]
     due = model.num_timesteps + SAVE
 
-    def spent() -> dict[str, float]:
-        return {name: before[name] + value for name, value in times().items()}
+    def spent() -> dict[str, Any]:
+        """What the machine that began did and took: another one's part counts for the return alone."""
+        if before["machine"] != processor():
+            return {name: before[name] for name in ("machine", "timed_steps", "seconds", "cpu_seconds")}
+        taken = {name: before[name] + value for name, value in times().items()}
+        return {"machine": before["machine"], "timed_steps": model.num_timesteps, **taken}
 
     class Callback(BaseCallback):
         def _on_step(self) -> bool:
@@ -277,11 +283,11 @@ def run(learner: Learner, task: Task, seed: int, config: Config) -> None:
         "task": task,
         "seed": seed,
         "return": statistics.mean(returns),
+        "machine": processor(),
         **figures,
-        "steps_per_second": figures["steps"] / figures["seconds"],
+        "steps_per_second": figures.get("timed_steps", figures["steps"]) / figures["seconds"],
         "returns": returns,
         "settings": ours if learner == "kouros" else THEIRS[task],
-        "machine": processor(),
         "versions": {"python": platform.python_version()} | versions(PACKAGES),
         "curve": thinned(curve),
     }

@@ -139,7 +139,7 @@ ON_GPU = TrainConfig(
     save_interval=500,
     log_interval=10,
     env=HumanoidEnvConfig(num_envs=2048),
-    ppo=PPOConfig(minibatches=8),
+    ppo=PPOConfig(minibatches=16),
 )
 
 
