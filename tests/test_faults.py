@@ -20,11 +20,12 @@ from conftest import make_env
 from kouros.cli import main
 from kouros.envs.replay import LENGTH, Replay
 from kouros.envs.rewards import REWARDS
-from kouros.learning import checkpoint, run
+from kouros.learning import checkpoint, recovery
 from kouros.learning.config import TrainConfig
 from kouros.learning.log import RunLogger, read_metrics
 from kouros.learning.ppo import PPOAgent
-from kouros.learning.run import DivergedError, Watch, train
+from kouros.learning.recovery import DivergedError, Watch
+from kouros.learning.run import train
 from test_learning import SMALL, Target
 from test_run import TINY, asked, tiny
 
@@ -152,7 +153,7 @@ class TestDivergence:
         assert all(torch.isfinite(p).all() for p in checkpoint.load(folder / "policy.pt")["actor"].values())
 
     def test_what_no_rate_saves_ends_with_a_word(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(run, "ROLLBACKS", 2)
+        monkeypatch.setattr(recovery, "ROLLBACKS", 2)
         monkeypatch.setattr(Watch, "_trouble", lambda self, log: "as told")
         with pytest.raises(DivergedError, match="as told"):
             train(tiny(tmp_path / "run", 40 * 64))

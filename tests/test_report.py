@@ -25,7 +25,7 @@ from rich.console import Console
 
 from kouros import report
 from kouros.cli import main
-from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, stand
+from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, flatten, stand
 from kouros.envs.evaluation import evaluate_walk
 from kouros.learning.config import PPOConfig, TrainConfig
 from kouros.learning.log import read_metrics
@@ -146,7 +146,7 @@ class TestInABrowser:
         assert seen["lines"] > 2 * len(keys)
         for key in keys:
             assert key.split("/")[-1] in seen["text"]
-        for option in report._flatten(json.loads((runs[0] / "config.json").read_text())):
+        for option in flatten(json.loads((runs[0] / "config.json").read_text())):
             assert option in seen["text"]
         width, height, seconds = seen["film"]
         assert (width, height) == (64, 48) and 0.5 < seconds < 2.0
@@ -338,7 +338,8 @@ calls = []
 class Histogram:
     def __init__(self, np_histogram): self.counts, self.edges = np_histogram
 class Run:
-    def log(self, log, step): calls.append(("log", step, log))
+    def define_metric(self, name, step_metric): calls.append(("axis", name, step_metric))
+    def log(self, log): calls.append(("log", log))
     def finish(self): calls.append(("finish",))
 def init(**options):
     json.dumps(options, default=str)
@@ -367,11 +368,12 @@ class TestWandb:
         begun = [call[1] for call in wandb.calls if call[0] == "init"]
         assert [options["project"] for options in begun] == ["kouros-tests"] * 2
         assert begun[0]["id"] == begun[1]["id"] and begun[0]["config"]["seed"] == 0
-        scalars = [call for call in wandb.calls if call[0] == "log" and "iteration" in call[2]]
+        assert wandb.calls.count(("axis", "*", "iteration")) == 2  # wandb's own step may not go back
+        sent = [call[1] for call in wandb.calls if call[0] == "log"]
         rows = read_metrics(folder / "metrics.jsonl")
-        assert [log for _, _, log in scalars] == rows
-        assert [step for _, step, _ in scalars] == [1, 2, 3, 4]
-        drawn = [call[2] for call in wandb.calls if call[0] == "log" and "histogram/actions" in call[2]]
+        assert [log for log in sent if "reward/mean" in log] == rows
+        drawn = [log for log in sent if "histogram/actions" in log]
+        assert [log["iteration"] for log in drawn] == [1, 4]
         assert len(drawn) == 2 and drawn[0]["histogram/actions"].counts.sum() == 8 * 29
         assert [call[0] for call in wandb.calls].count("finish") == 2
 

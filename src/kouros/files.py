@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -50,3 +51,31 @@ def write_json(path: str | Path, content: Any) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(content), indent=2) + "\n", "utf-8")
+
+
+class Forgiving:
+    """A text stream that loses what a full disk has no room for."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _forgiving() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise

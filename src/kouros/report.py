@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from kouros.envs.config import flatten
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.envs.play import write_video
 from kouros.files import plain, replacing
@@ -126,7 +127,7 @@ def write_report(folder: Path, episodes: int = 32) -> Path:
         "control steps": f"{1e6 * rows[-1]['steps']:,.0f}",
         "iterations": f"{rows[-1]['iteration']:,.0f}",
     }
-    flat, default = _flatten(config), _flatten(_defaults(config, training.get("device") or "cpu"))
+    flat, default = flatten(config), flatten(_defaults(config, training.get("device") or "cpu"))
     changed = [
         (_key(key), *(_value(table[key]) if key in table else "-" for table in (flat, default)))
         for key in {**flat, **default}
@@ -182,7 +183,7 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         )
         for field, (what, unit, _, _) in bar.items()
     ]
-    flat = [_flatten(config) for _, config in runs.values()]
+    flat = [flatten(config) for _, config in runs.values()]
     differing = [
         (_key(key), *(_value(config[key]) if key in config else "-" for config in flat))
         for key in {key: None for config in flat for key in config}
@@ -234,15 +235,6 @@ def _defaults(config: Mapping[str, Any], device: str) -> Any:
     return plain(
         {**dataclasses.asdict(default), "task": "walk", "randomize": "none", "steps": DEFAULT_STEPS[kind]}
     )
-
-
-def _flatten(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, by the names of the command line."""
-    flat: dict[str, Any] = {}
-    for name, value in group.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
 
 
 def _keys(logs: Iterable[Rows]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_type_hints
 
 from kouros.checks import check_choice, require, require_numbers, require_range
@@ -614,3 +614,12 @@ def from_plain(cls: type, values: dict[str, Any]) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     return cls(**{name: made(name, value) for name, value in values.items()})
+
+
+def flatten(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables, as ``dataclasses.asdict`` gives them, as one, by the names of the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in group.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

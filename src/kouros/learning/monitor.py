@@ -154,14 +154,14 @@ class WandbLogger:
             )
         except Exception as error:  # whatever a service may raise
             raise RuntimeError(f"wandb={config.wandb!r}: {error}") from error
+        # Not wandb's own step, which may only rise: a training that goes back repeats its iterations.
+        self._run.define_metric("*", step_metric="iteration")
         path.write_text(name, "utf-8")
 
-    def write(self, log: dict[str, float]) -> None:
-        self._send(log, int(log["iteration"]))
-
-    def _send(self, content: dict[str, Any], iteration: int) -> None:
+    def write(self, log: dict[str, Any]) -> None:
+        """Send a row with its ``iteration``."""
         try:
-            self._run.log(content, step=iteration)
+            self._run.log(log)
         except Exception as error:  # whatever a service may raise
             if not self._failed:
                 self._tell(f"Weights & Biases: {error}; the training goes on, metrics.jsonl has it all")
@@ -171,7 +171,8 @@ class WandbLogger:
         import wandb
 
         pairs = {name: (h.counts.numpy(), h.edges.numpy()) for name, h in drawn.items()}
-        self._send({name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}, iteration)
+        sent = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
+        self.write({"iteration": iteration, **sent})
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

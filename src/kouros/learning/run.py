@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -22,10 +21,10 @@ from rich.table import Table
 
 from kouros import __version__
 from kouros.devices import describe_device, has_gpu, pick_device
-from kouros.envs.config import CALM, HumanoidEnvConfig, from_plain
+from kouros.envs.config import CALM, HumanoidEnvConfig, flatten, from_plain
 from kouros.envs.contract import check_contract, policy_contract, require_version
-from kouros.envs.wrappers import make_env, make_policy_env
-from kouros.files import write_json
+from kouros.envs.wrappers import Env, make_env, make_policy_env
+from kouros.files import Forgiving
 from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
 from kouros.learning.log import NoLogger, RunLogger
@@ -38,6 +37,7 @@ from kouros.learning.monitor import (
 from kouros.learning.networks import ActorNetwork, CriticNetwork
 from kouros.learning.ppo import PPOAgent
 from kouros.learning.ranks import Ranks, joined, rank_device
+from kouros.learning.recovery import RECOVERY, DivergedError, Keeper, Watch, prune
 from kouros.signals import interrupted
 
 # What the display shows: (title, key in the log, format).
@@ -89,7 +89,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         if not ranks.first:
             console = Console(quiet=True, force_terminal=False)
         console = console or Console()
-        console.file = cast(IO[str], _Forgiving(console.file))
+        console.file = cast(IO[str], Forgiving(console.file))
         return _train(config, device, ranks, console)
 
 
@@ -122,63 +122,14 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
     if ranks.size > 1:
         console.print(f"{ranks.size} processes, {env.num_envs} worlds each")
 
-    watch = Watch(2 * config.ppo.epochs * config.ppo.minibatches * config.log_interval)
-    saved = unsaved = -1
-    good = b""
-    stop, rollbacks, overflown = False, 0, 0.0
-    told = len(env.curriculum.manager.history) if env.curriculum else 0
-
-    def save(final: bool = False) -> None:
-        """Keep the present state as the good one, and write it; what fails is tried again later."""
-        nonlocal saved, unsaved, good
-        content = agent.checkpoint_dict()
+    def describe() -> dict[str, Any]:
         training = {**origin, "task": config.task, "seed": config.seed, "steps": agent.total_steps}
-        extra = {"contract": {**policy_contract(env), "training": training}}
-        good = checkpoint.pack({**extra, **content})
-        watch.tries, saved = 0, agent.iteration
-        if not ranks.first:
-            return
-        try:
-            write_json(folder / "config.json", plain)
-            checkpoint.write(path, good)
-            checkpoint.save(folder / "policy.pt", {**extra, **agent.policy_state()})
-            keep_checkpoint(path, agent.iteration, config.keep)
-            unsaved = -1
-        except OSError as error:
-            if final or not agent.iteration:
-                raise
-            unsaved = agent.iteration
-            console.print(f"[bold red]not saved[/bold red]: {error}; the training goes on, and tries again")
+        return {"contract": {**policy_contract(env), "training": training}}
 
-    def roll_back(trouble: str) -> None:
-        nonlocal rollbacks
-        watch.tries, rollbacks = watch.tries + 1, rollbacks + 1
-        agent.load_state_dict(checkpoint.unpack(good, "the last good state", agent.device))
-        factor = 0.5**watch.tries
-        agent.scale_rate(factor)
-        logger.forget(agent.iteration)
-        console.print(
-            f"[bold red]the training diverges[/bold red] ({trouble}): back to iteration {agent.iteration}, "
-            f"with {factor:g} times its learning rate"
-        )
-
-    def tell_what_is_wrong(log: dict[str, float]) -> None:
-        nonlocal overflown
-        if log.get("task/sick_worlds", 0.0) > 0.0:
-            replay = next((r for r in ranks.gather(env.recorder.take()) if r), None)
-            if replay:
-                replay.environment = dataclasses.asdict(env.config)
-                name = folder / f"sick-{agent.iteration:06}.npz"
-                with contextlib.suppress(OSError):
-                    replay.save(name)
-                    prune(folder, "sick-*.npz", REPLAYS)
-                    console.print(f"a world turned sick and was reset; see it: kouros play --replay {name}")
-        if log.get("task/overflown_worlds", 0.0) > overflown:
-            overflown = log["task/overflown_worlds"]
-            console.print(
-                "[bold red]contacts overflow[/bold red]: MuJoCo Warp has no room for all and leaves some "
-                "out; raise CONTACTS in kouros/envs/scene.py"
-            )
+    watch = Watch(2 * config.ppo.epochs * config.ppo.minibatches * config.log_interval)
+    keeper = Keeper(agent, folder, plain, config.keep, describe, console.print)
+    events = _Events(env, folder, ranks, console)
+    stop = False
 
     start = time.monotonic()
     display = _Display(steps, config.minutes, console)
@@ -191,84 +142,78 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
     with _say_how_to_go_on(folder, ranks), logger, display, interrupted() as asked:
 
         def after_iteration(log: dict[str, float]) -> bool:
-            nonlocal stop, told
+            nonlocal stop
             minutes = logger.minutes + (time.monotonic() - start) / 60.0
             log |= {
                 "iteration": agent.iteration,
                 "steps": agent.total_steps / 1e6,
                 "minutes": minutes,
-                "learning/rollbacks": rollbacks,
+                "learning/rollbacks": keeper.rollbacks,
                 **hardware.read(),
                 **randomization_log(env),
             }
             logger.write(log)
             logger.write_histograms(agent, every=HISTOGRAM_INTERVAL)
             display.show(log)
-            tell_what_is_wrong(log)
-            for move in env.curriculum.manager.history[told:] if env.curriculum else ():
-                told += 1
-                console.print(
-                    f"curriculum: {move['from']} -> {move['to']} after {move['episodes']} episodes, "
-                    f"{100 * move['success_rate']:.0f} % successful"
-                )
+            events.tell(agent.iteration, log)
             if trouble := watch.judge(log):
-                roll_back(trouble)
+                keeper.roll_back(trouble)
+                logger.forget(agent.iteration)
                 return True
-            due = agent.iteration - saved >= config.save_interval
-            if watch.well and (due or 0 <= unsaved <= agent.iteration - RETRY):
+            if watch.well and keeper.due(config.save_interval):
                 if agent.caution < 1.0:
                     agent.scale_rate(min(RECOVERY, 1.0 / agent.caution))
-                save()
+                keeper.save()
                 logger.plot(every=PLOT_INTERVAL)
             stop = ranks.any(asked.is_set() or minutes >= config.minutes)
             return stop or agent.total_steps >= steps
 
         if agent.total_steps >= steps:
             console.print(f"{agent.total_steps:,} control steps are done; --steps N goes further")
-        save()
+        keeper.save()
         while not stop and agent.total_steps < steps:
             remaining = math.ceil((steps - agent.total_steps) / agent.samples)
             agent.train(remaining, after_iteration, config.log_interval)
         if watch.well:
-            save(final=True)
+            keeper.save(final=True)
         logger.plot()
     if asked.is_set():
         console.print(f"stopped and saved; go on with: kouros train --resume {folder}")
     return folder
 
 
-class _Forgiving:
-    """A text stream that loses what a full disk has no room for."""
+class _Events:
+    """Says on the terminal what happened to the worlds, each thing once, and keeps the replays."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
+    def __init__(self, env: Env, folder: Path, ranks: Ranks, console: Console) -> None:
+        self._env, self._folder, self._ranks, self._tell = env, folder, ranks, console.print
+        self._overflown, self._moves = 0.0, len(self._history())
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def _history(self) -> list[dict[str, Any]]:
+        return self._env.curriculum.manager.history if self._env.curriculum else []
 
-    def write(self, text: str) -> int:
-        with self._forgiving():
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._forgiving():
-            self._stream.flush()
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _forgiving() -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-
-
-# Iterations until what could not be saved is tried again.
-RETRY = 5
-# After a divergence the learning rate comes back by this factor at each checkpoint.
-RECOVERY = 1.2
+    def tell(self, iteration: int, log: dict[str, float]) -> None:
+        if log.get("task/sick_worlds", 0.0) > 0.0:
+            replay = next((r for r in self._ranks.gather(self._env.recorder.take()) if r), None)
+            if replay:
+                replay.environment = dataclasses.asdict(self._env.config)
+                path = self._folder / f"sick-{iteration:06}.npz"
+                with contextlib.suppress(OSError):
+                    replay.save(path)
+                    prune(self._folder, "sick-*.npz", REPLAYS)
+                    self._tell(f"a world turned sick and was reset; see it: kouros play --replay {path}")
+        if log.get("task/overflown_worlds", 0.0) > self._overflown:
+            self._overflown = log["task/overflown_worlds"]
+            self._tell(
+                "[bold red]contacts overflow[/bold red]: MuJoCo Warp has no room for all and leaves some "
+                "out; raise CONTACTS in kouros/envs/scene.py"
+            )
+        for move in self._history()[self._moves :]:
+            self._moves += 1
+            self._tell(
+                f"curriculum: {move['from']} -> {move['to']} after {move['episodes']} episodes, "
+                f"{100 * move['success_rate']:.0f} % successful"
+            )
 
 
 def _share(config: HumanoidEnvConfig, ranks: Ranks) -> HumanoidEnvConfig:
@@ -288,85 +233,6 @@ def _share(config: HumanoidEnvConfig, ranks: Ranks) -> HumanoidEnvConfig:
         )
     threads = config.num_threads or max(1, (os.cpu_count() or 1) // ranks.local_size)
     return dataclasses.replace(config, num_envs=config.num_envs // ranks.size, num_threads=threads)
-
-
-class DivergedError(RuntimeError):
-    """A training that no smaller learning rate saves."""
-
-
-class Watch:
-    """Tells a training that diverges from one that stumbles, by the rows of its log.
-
-    A row is bad where a figure of the learning is not finite, more than half of the gradients were skipped,
-    or the mean KL divergence between a policy and the next is more than :data:`LARGEST_KL`.
-
-    Args:
-      gradients: gradient steps between two rows.
-
-    Attributes:
-      well: whether the last row was good.
-      tries: how often the training went back to the same state.
-    """
-
-    def __init__(self, gradients: int) -> None:
-        self._gradients, self._bad, self.tries = gradients, 0, 0
-
-    @property
-    def well(self) -> bool:
-        return self._bad == 0
-
-    def judge(self, log: dict[str, float]) -> str:
-        """What is wrong, when so many bad rows came one after the other that it will not mend; else empty.
-
-        Raises:
-          DivergedError: going back with a smaller step has not helped for :data:`ROLLBACKS` times.
-        """
-        trouble = self._trouble(log)
-        self._bad = self._bad + 1 if trouble else 0
-        if self._bad < PATIENCE:
-            return ""
-        if self.tries == ROLLBACKS:
-            raise DivergedError(
-                f"the training diverges ({trouble}) after {ROLLBACKS} times half the learning rate; "
-                "checkpoint.pt is of before: look at the rewards and observations"
-            )
-        self._bad = 0
-        return trouble
-
-    def _trouble(self, log: dict[str, float]) -> str:
-        for name, value in log.items():
-            if name.startswith("learning/") and not math.isfinite(value):
-                return f"{name} is {value}"
-        if (skipped := log.get("learning/skipped_updates", 0.0)) > self._gradients / 2:
-            return f"{skipped:.0f} of {self._gradients} gradients are not finite"
-        if (kl := log.get("learning/approx_kl", 0.0)) > LARGEST_KL:
-            return f"the policy moves by a KL divergence of {kl:.3g} in one iteration"
-        return ""
-
-
-PATIENCE = 3
-LARGEST_KL = 1.0
-ROLLBACKS = 20
-
-
-def keep_checkpoint(path: Path, iteration: int, keep: int) -> None:
-    """Keep the checkpoint just written under a name of its own too, and of those the newest ``keep``."""
-    if not keep:
-        return
-    kept = path.with_name(f"checkpoint-{iteration:06}.pt")
-    kept.unlink(missing_ok=True)
-    try:
-        os.link(path, kept)  # no second copy: the next checkpoint replaces the name, not the file
-    except OSError:
-        shutil.copyfile(path, kept)
-    if keep > 0:
-        prune(path.parent, "checkpoint-*.pt", keep)
-
-
-def prune(folder: Path, pattern: str, keep: int) -> None:
-    """Delete all but the last ``keep`` files of that pattern, by name."""
-    for old in sorted(folder.glob(pattern))[:-keep]:
-        old.unlink(missing_ok=True)
 
 
 def _revision() -> str:
@@ -403,10 +269,10 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
     )
     # What this call did not say: the defaults, or those that the run's own task and preset set.
     cpu, here = _flat(TrainConfig()), _flat(train_defaults(device, begun.task, begun.randomize))
-    flat = _flat(config)
-    for name, theirs in _flat(begun).items():
-        given = flat[name]
-        if given not in (cpu[name], here[name], theirs):
+    flat, was = _flat(config), _flat(begun)
+    for name in {**was, **flat}:
+        given, theirs = flat.get(name), was.get(name)
+        if given not in (cpu.get(name), here.get(name), theirs):
             raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
     changes = {name: getattr(begun, name) for name in ("task", "randomize", "seed", "env", "ppo")}
     return dataclasses.replace(config, steps=config.steps or saved["steps"], **changes)
@@ -414,21 +280,8 @@ def resumed(config: TrainConfig, device: str) -> TrainConfig:
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """What a run cannot change on its way, by the names of the command line."""
-
-    def fields(prefix: str, group: Any) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for field in dataclasses.fields(group):
-            name, value = f"{prefix}{field.name}", getattr(group, field.name)
-            flat |= fields(f"{name}.", value) if dataclasses.is_dataclass(value) else {name: value}
-        return flat
-
-    return {
-        "task": config.task,
-        "randomize": config.randomize,
-        "seed": config.seed,
-        **fields("env.", config.env),
-        **fields("ppo.", config.ppo),
-    }
+    fixed = ("task", "randomize", "seed", "env", "ppo")
+    return flatten({name: value for name, value in dataclasses.asdict(config).items() if name in fixed})
 
 
 ROOM = 100e6
