@@ -88,6 +88,21 @@ class TestReplay:
         assert replay is not None
         assert (replay.world, replay.first, len(replay.qpos)) == (0, 1, 3)
 
+    def test_is_of_one_history(self) -> None:
+        """A training that goes back takes the worlds back; what they did meanwhile is not what led there."""
+        env = make_env(2, max_episode_length=1000, harness=1.0)
+        for _ in range(3):
+            env.step(torch.zeros(2, 29))
+        before = env.state_dict()
+        for _ in range(4):
+            env.step(torch.zeros(2, 29))
+        env.load_state_dict(before)
+        env.simulation.qvel[0, 8] = torch.nan
+        env.step(torch.zeros(2, 29))
+        replay = env.recorder.take()
+        assert replay is not None
+        assert (replay.first, len(replay.qpos)) == (4, 1)
+
     def test_is_saved_by_a_run_and_played(self, tmp_path: Path, monkeypatch, capsys) -> None:
         collect, calls = PPOAgent.collect_rollouts, []
 
@@ -158,6 +173,39 @@ class TestDivergence:
         with pytest.raises(DivergedError, match="as told"):
             train(tiny(tmp_path / "run", 40 * 64))
         assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["resume"]["iteration"] == 0
+
+    def test_the_rate_comes_back_by_a_fifth_a_checkpoint(self, tmp_path: Path, monkeypatch) -> None:
+        judge, rows = Watch.judge, []
+
+        def once(watch: Watch, log: dict[str, float]) -> str:
+            rows.append(log["learning/learning_rate"] if len(rows) else 0.0)
+            return "as told" if len(rows) == 3 else judge(watch, log)
+
+        monkeypatch.setattr(Watch, "judge", once)
+        config = tiny(tmp_path / "run", 12 * 64)
+        config.save_interval = 2
+        train(config)
+        rate = config.ppo.learning_rate
+        kept = read_metrics(tmp_path / "run" / "metrics.jsonl")[2:]
+        factors = [min(1.0, 0.5 * 1.2 ** (n // 2)) for n in range(10)]
+        assert [row["learning/learning_rate"] for row in kept] == pytest.approx([rate * f for f in factors])
+
+    def test_going_back_while_the_disk_is_full(self, tmp_path: Path, monkeypatch) -> None:
+        def refuse(*_: Path) -> None:
+            raise OSError("No space left on device")
+
+        said: list[str] = []
+        with RunLogger(tmp_path, 0, tell=said.append) as logger:
+            row = {"steps": 1.0, "minutes": 0.0}
+            for i in (1, 2, 3):
+                logger.write({"iteration": i, **row})
+            with monkeypatch.context() as patch:
+                patch.setattr("kouros.files.os.replace", refuse)
+                logger.forget(1)
+                logger.write({"iteration": 2, **row})
+            logger.write({"iteration": 3, **row})
+        assert [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+        assert len(said) == 1 and "kept for later" in said[0]
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_bad_gradient_now_and_then_harms_nothing(self, bad: float, monkeypatch) -> None:
@@ -331,4 +379,4 @@ def test_killed_and_resumed_is_the_same_run(tmp_path: Path) -> None:
             for name in [name for name in row if name.startswith(("time/", "hardware/", "minutes"))]:
                 del row[name]
     assert logs[0] == logs[1]
-    assert not list(parts.glob(".*"))  # nor what the kill left half written
+    assert not list(parts.glob(".*.pt"))  # nor what the kill left half written

@@ -323,6 +323,149 @@ def test_a_step_goes_down_the_clipped_gradient() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_an_update_learns_from_what_it_says(mode: AutoresetMode, monkeypatch) -> None:
+    """What the losses are given, against NumPy, from falls, time-outs and steps that teach nothing.
+
+    Observations by the normalizers of before, advantages of mean 0 and deviation 1, a sample once an epoch.
+    """
+    env = Target(6)
+    env.metadata = {"autoreset_mode": mode}
+    agent = PPOAgent(env, dataclasses.replace(SMALL, epochs=3, minibatches=2, gamma=0.9, gae_lambda=0.8))
+    rng, r = np.random.default_rng(3), agent._rollout
+    for network in (agent.actor, agent.critic):
+        network.normalizer.update(torch.from_numpy(rng.normal(1.0, 3.0, (50, 2)).astype(np.float32)))
+    for values in vars(r).values():
+        values.copy_(
+            torch.from_numpy(
+                rng.random(values.shape) < 0.3
+                if values.dtype == torch.bool
+                else rng.normal(size=values.shape)
+            )
+        )
+    r.terminated &= r.done
+    if mode == AutoresetMode.SAME_STEP:
+        r.valid.fill_(True)
+    with torch.no_grad():
+        v, nv = agent.critic(r.critic_obs).double().numpy(), agent.critic(r.next_critic_obs).double().numpy()
+    rewards, done = r.rewards.double().numpy(), r.done.numpy()
+    delta = rewards + 0.9 * nv * ~r.terminated.numpy() - v
+    advantages = np.zeros_like(delta)
+    for t in reversed(range(8)):
+        after = advantages[t + 1] if t < 7 else 0.0
+        advantages[t] = delta[t] + 0.9 * 0.8 * ~done[t] * after
+    keep = r.valid.numpy()
+    a = advantages[keep]
+    expected = {"returns": a + v[keep], "values": v[keep], "advantages": (a - a.mean()) / a.std(ddof=1)}
+    for name, network in (("obs", agent.actor), ("critic_obs", agent.critic)):
+        mean, variance = network.normalizer.mean.numpy(), network.normalizer.variance.numpy()
+        expected[name] = (getattr(r, name).numpy()[keep] - mean) / np.sqrt(variance + 1e-5)
+    given: dict[str, list] = {"actor": [], "critic": []}
+    for which, calls in given.items():
+        monkeypatch.setattr(agent, f"_{which}_gradients", lambda *args, calls=calls: calls.append(args))
+    before = agent.actor.normalizer.mean.clone()
+    agent.update(r)
+    assert not torch.equal(agent.actor.normalizer.mean, before)
+    for calls in given.values():
+        ((batch, minibatches),) = calls
+        for name, values in expected.items():
+            np.testing.assert_allclose(batch[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert len(minibatches) == 6
+        for epoch in (minibatches[:2], minibatches[2:4], minibatches[4:]):
+            assert torch.cat(epoch).sort().values.tolist() == list(range(keep.sum()))
+            assert abs(len(epoch[0]) - len(epoch[1])) <= 1
+    assert not torch.equal(minibatches[0], minibatches[2])
+
+
+def test_an_update_begins_at_a_ratio_of_one(monkeypatch) -> None:
+    """After normalizers and networks have moved: the actions are judged by the policy that drew them."""
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, learning_rate=0.01))
+    agent.train(3)
+    loss_of, logs = agent._actor_loss, []
+
+    def noting(batch, rows):
+        loss, log = loss_of(batch, rows)
+        logs.append(log)
+        return loss, log
+
+    monkeypatch.setattr(agent, "_actor_loss", noting)
+    agent.train(1)
+    first, last = (log[2:] for log in (logs[0], logs[-1]))  # KL and clip fraction
+    assert first[0].abs() < 1e-9 and first[1] == 0.0
+    assert last[0] > 1e-4
+
+
+def test_one_skipped_gradient_leaves_the_log_finite(monkeypatch) -> None:
+    """The means are those of the steps that were taken."""
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, target_kl=1e3))
+    loss_of, calls, kls = agent._actor_loss, [], []
+
+    def once(batch, rows):
+        loss, log = loss_of(batch, rows)
+        calls.append(None)
+        kls.append(log[2].item())
+        return (loss * np.nan, log) if len(calls) == 2 else (loss, log)
+
+    monkeypatch.setattr(agent, "_actor_loss", once)
+    logs: list[dict[str, float]] = []
+    agent.train(2, logs.append)
+    assert logs[1]["learning/skipped_updates"] == 1
+    assert all(np.isfinite(value) for value in logs[1].values())
+    assert logs[1]["learning/approx_kl"] == pytest.approx(np.mean([kls[0], *kls[2:]]), rel=1e-4)
+    assert logs[1]["learning/learning_rate"] == pytest.approx(1.5 * SMALL.learning_rate)
+
+
+def test_an_interrupted_rollout_spoils_nothing(monkeypatch) -> None:
+    agent = PPOAgent(Target(), SMALL)
+    step, calls = agent._step, []
+
+    def interrupted() -> None:
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        step()
+
+    monkeypatch.setattr(agent, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        agent.train(1)
+    env = agent.env
+    first = torch.from_numpy(env._obs.copy())  # type: ignore[attr-defined]
+    assert torch.equal(agent.collect_rollouts().obs[0], first)
+
+
+def test_an_evaluation_is_no_way_back_to_the_first_episode() -> None:
+    """Of an environment without ``state_dict``: what follows is new, and the same in every run."""
+
+    def begins() -> list[np.ndarray]:
+        env = gymnasium.make_vec("Pendulum-v1", 2, "sync")
+        agent = PPOAgent(env, dataclasses.replace(SMALL, horizon=200, minibatches=1))
+        found = []
+        for _ in range(3):
+            agent.train(1)
+            found.append(agent._rollout.obs[0].numpy().copy())
+            agent.evaluate(2)
+        return found
+
+    a, b = begins(), begins()
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not any(np.array_equal(a[i], a[i + 1]) for i in range(2))
+
+
+def test_a_final_observation_counts_where_an_episode_ended() -> None:
+    """Also where all rows of it are numbers, and a mask says which are meant."""
+
+    class Masked(Target):
+        def step(self, actions):
+            obs, rewards, done, never, _ = super().step(actions)
+            done[1:] = False
+            final = np.where(done[:, None], 7.0, 0.0).astype(np.float32)
+            return obs, rewards, done, never, {"final_obs": final, "_final_obs": done}
+
+    rollout = PPOAgent(Masked(), SMALL).collect_rollouts()
+    assert (rollout.next_critic_obs[:, 0] == 7.0).all()
+    assert torch.equal(rollout.next_critic_obs[:-1, 1:], rollout.critic_obs[1:, 1:])
+
+
 def test_a_bad_gradient_is_skipped_and_counted() -> None:
     """One minibatch a network: its gradient is not finite, its parameters stay as they were."""
     agent = PPOAgent(Target(), dataclasses.replace(SMALL, epochs=1, minibatches=1))
@@ -340,7 +483,7 @@ def test_a_bad_gradient_is_skipped_and_counted() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
-@pytest.mark.parametrize("where", ["reward", "observation"])
+@pytest.mark.parametrize("where", ["reward", "observation", "final"])
 def test_a_faulty_world_is_ended_counted_and_alone(bad: float, where: str) -> None:
     """Of anybody's environment: nothing that is not finite reaches networks, normalizers or the log."""
 
@@ -348,9 +491,9 @@ def test_a_faulty_world_is_ended_counted_and_alone(bad: float, where: str) -> No
         def step(self, actions):
             obs, rewards, terminated, truncated, _ = super().step(actions)
             terminated[:] = False
-            obs = obs.copy()
-            (rewards if where == "reward" else obs)[3] = bad
-            return obs, rewards, terminated, truncated, {}
+            obs, final = obs.copy(), obs.copy()
+            {"reward": rewards, "observation": obs, "final": final}[where][3] = bad
+            return obs, rewards, terminated, truncated, {"final_obs": final}
 
     agent = PPOAgent(Faulty(), SMALL)
     logs: list[dict[str, float]] = []
@@ -365,6 +508,9 @@ def test_a_faulty_world_is_ended_counted_and_alone(bad: float, where: str) -> No
     assert logs[1]["learning/skipped_updates"] == 0
     assert all(np.isfinite(value) for log in logs for value in log.values())
     assert torch.isfinite(agent.actor.normalizer.variance).all()
+    if where == "observation":  # what replaces it is what the normalizer expects
+        mean = agent.actor.normalizer.mean.clone()
+        assert torch.allclose(agent.collect_rollouts().obs[1:, 3], mean)
 
 
 @pytest.mark.parametrize(("target", "direction"), [(1e-9, -1), (1e3, 1), (0.0, 0)])
@@ -376,6 +522,18 @@ def test_the_rate_follows_the_divergence(target: float, direction: int) -> None:
     assert rates[0] == pytest.approx(SMALL.learning_rate * 1.5**direction)
     assert np.sign(np.diff(rates)).tolist() == [direction] * 2
     assert agent._critic_learner.rate == agent._actor_learner.rate
+
+
+def test_an_adaptive_rate_stays_cautious() -> None:
+    """After a divergence its bounds are lower too, or it would come back at once; a checkpoint says so."""
+    agent = PPOAgent(Target(), dataclasses.replace(SMALL, target_kl=1e-9))
+    agent.scale_rate(2.0**-10)
+    agent.train(6)
+    assert agent._actor_learner.rate < 1e-5
+    other = PPOAgent(Target(), dataclasses.replace(SMALL, target_kl=1e-9))
+    other.load_state_dict(agent.state_dict())
+    assert other.caution == 2.0**-10
+    assert other._actor_learner.rate == agent._actor_learner.rate
 
 
 def test_a_log_of_several_iterations_is_their_mean() -> None:
@@ -439,6 +597,29 @@ def test_n_plus_n_equals_2n_bit_for_bit(tmp_path) -> None:
         }
 
 
+def test_a_state_is_loaded_whole_or_not_at_all_and_stays_the_callers(monkeypatch) -> None:
+    agent = PPOAgent(make_env(8, max_episode_length=20), SMALL, seed=1)
+    agent.train(2)
+    state = agent.state_dict()
+    kept = checkpoint.pack(state)
+    ends = []
+    for _ in range(2):  # the same state twice: the same course twice
+        other = PPOAgent(make_env(8, max_episode_length=20), SMALL)
+        other.load_state_dict(state)
+        other.train(2)
+        ends.append(state_bytes(other))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert checkpoint.pack(state) == kept
+    now, before = agent._now, [x.clone() for x in state_bytes(agent)]
+    alien = {**state, "resume": {**state["resume"], "generator": torch.zeros(16, dtype=torch.uint8)}}
+    with pytest.raises(ValueError, match="another kind of device"):
+        agent.load_state_dict(alien)
+    with pytest.raises(ValueError, match="num_envs"):
+        agent.load_state_dict(PPOAgent(make_env(4), SMALL).state_dict())
+    assert agent._now is now
+    assert all(torch.equal(a, b) for a, b in zip(before, state_bytes(agent), strict=True))
+
+
 def test_symmetric_networks_stay_symmetric_through_training() -> None:
     env = make_env(8)
     agent = PPOAgent(env, SMALL)
@@ -462,12 +643,35 @@ def test_symmetric_networks_stay_symmetric_through_training() -> None:
 class TestBadInput:
     def test_spaces(self) -> None:
         env = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")])
-        with pytest.raises(TypeError, match=r"action space Discrete.*its actions are continuous"):
+        with pytest.raises(TypeError, match=r"action space Discrete.*it learns continuous actions"):
             PPOAgent(env, SMALL)
+        with pytest.raises(TypeError, match=r"PPOAgent learns from a VectorEnv; gymnasium\.make_vec"):
+            PPOAgent(gymnasium.make("Pendulum-v1"), SMALL)  # type: ignore[arg-type]
         named = Target()
         named.single_observation_space = gymnasium.spaces.Dict({"a": named.single_observation_space})
         with pytest.raises(TypeError, match=r"observation space Dict.*FlattenObservation"):
             PPOAgent(named, SMALL)
+
+    @pytest.mark.parametrize("name", ["reward", "terminated", "truncated"])
+    def test_shapes_that_would_broadcast(self, name: str) -> None:
+        class Short(Target):
+            def step(self, actions):
+                obs, *parts, info = super().step(actions)
+                i = ("reward", "terminated", "truncated").index(name)
+                parts[i] = parts[i][:1]
+                return obs, *parts, info
+
+        with pytest.raises(ValueError, match=rf"{name} of shape \(1,\): expected \(64,\)"):
+            PPOAgent(Short(), SMALL).train(1)
+
+    def test_a_critic_needs_its_own_last_observation(self) -> None:
+        class Half(Target):
+            def step(self, actions):
+                *result, info = super().step(actions)
+                return *result, {**info, "critic_obs": result[0]}
+
+        with pytest.raises(ValueError, match="final_critic_obs"):
+            PPOAgent(Half(), SMALL).train(1)
 
     def test_minibatches(self) -> None:
         with pytest.raises(ValueError, match=r"minibatches=5: must divide .* 8 x 64 = 512"):
@@ -487,6 +691,7 @@ class TestBadInput:
             ({"learning_rate": 0.0}, "learning_rate=0.0"),
             ({"gamma": 1.1}, "gamma=1.1"),
             ({"entropy_weight": -1.0}, "entropy_weight=-1.0"),
+            ({"target_kl": 0.01, "epochs": 1, "minibatches": 1}, "more than one gradient step"),
             ({"actor_hidden": (0,)}, "actor_hidden"),
             ({"activation": "gelu"}, "activation='gelu'"),
         ],

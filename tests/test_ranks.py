@@ -154,6 +154,33 @@ class TestRun:
         assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] >= 2
 
 
+FULL_DISK = """
+import sys
+from kouros.learning import checkpoint
+from kouros.cli import main
+write, calls = checkpoint.write, []
+
+def sometimes(path, data):
+    calls.append(path)  # in the first process alone
+    if 3 <= len(calls) <= 4:
+        raise OSError(f"could not write {path} (No space left on device)")
+    write(path, data)
+
+checkpoint.write = sometimes
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_parts_nobody(tmp_path: Path) -> None:
+    """The first process alone sees it; all of them try again together."""
+    script, folder = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL_DISK)
+    options = [*TINY, "--device=cpu", f"--run={folder}", "--no-report", "--save-interval=3"]
+    done = finished(*TORCHRUN, "--", str(script), "train", *options, f"--steps={12 * 64}")
+    assert done.stdout.count("tries again") >= 1
+    assert checkpoint.load(folder / "checkpoint.pt")["resume"]["iteration"] == 12
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

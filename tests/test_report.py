@@ -27,6 +27,8 @@ from kouros import report
 from kouros.cli import main
 from kouros.envs.config import HumanoidEnvConfig, RandomizationConfig, flatten, stand
 from kouros.envs.evaluation import evaluate_walk
+from kouros.files import write_json
+from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig, TrainConfig
 from kouros.learning.log import read_metrics
 from kouros.learning.monitor import Hardware, histogram, randomization_log
@@ -214,13 +216,30 @@ class TestPages:
             assert "default-src 'none'" in text
 
     def test_the_saved_test_counts_while_it_is_of_this_policy(self, runs: list[Path], tmp_path: Path) -> None:
+        """And under the conditions of the walking test, not those that somebody tried."""
         folder = shutil.copytree(runs[0], tmp_path / "run")
         assert main(["eval", str(folder), "--episodes=3", "--seconds=0.4"]) == 0
+        assert report._saved_test(folder)[0] is None  # not even a second
+        saved = json.loads((folder / "eval.json").read_text()) | {"seconds": 20.0}
+        write_json(folder / "eval.json", saved)
         result, told = report._saved_test(folder)
-        assert result and result.episodes == 3 and "3 episodes of 0.4 s" in told
-        (folder / "policy.pt").touch()
-        os.utime(folder / "eval.json", (0, 0))
+        assert result and result.episodes == 3 and "3 episodes of 20 s" in told
+        write_json(
+            folder / "eval.json", saved | {"randomization": {**saved["randomization"], "mass": [2, 3]}}
+        )
         assert report._saved_test(folder)[0] is None
+        write_json(folder / "eval.json", saved)
+        content = checkpoint.load(folder / "policy.pt")
+        content["actor"]["log_std"] += 0.1
+        checkpoint.save(folder / "policy.pt", content)
+        assert report._saved_test(folder)[0] is None
+
+    def test_an_older_checkpoint_overwrites_nothing(self, runs: list[Path], tmp_path: Path) -> None:
+        folder = shutil.copytree(runs[0], tmp_path / "run")
+        shutil.copy(folder / "checkpoint.pt", folder / "checkpoint-000002.pt")
+        assert main(["eval", str(folder / "checkpoint-000002.pt"), "--episodes=2", "--seconds=0.1"]) == 0
+        assert (folder / "checkpoint-000002-eval.json").exists()
+        assert (folder / "eval.json").exists() == (runs[0] / "eval.json").exists()
 
     @pytest.mark.parametrize("n", [1, 2, 5, 199, 200, 201, 1234])
     def test_curves_keep_the_mean(self, n: int) -> None:
@@ -243,17 +262,19 @@ class TestPages:
 
     def test_errors(self, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(runs[0], tmp_path / "a" / "first")
+        damaged, bare = (shutil.copytree(runs[0], tmp_path / name) for name in ("damaged", "bare"))
+        (damaged / "config.json").write_text("{")
+        (bare / "policy.pt").unlink()
         for args, message in (
             (["report", str(tmp_path)], r"run .*: no metrics\.jsonl"),
             (["compare", str(runs[0]), str(tmp_path)], r"run .*: no metrics\.jsonl"),
-            (["compare", str(runs[0]), str(runs[0])], "each of them once"),
+            (["compare", str(runs[0]), f"{runs[0]}/."], "each of them once"),
+            (["compare", str(runs[0])], "name two to 8"),
+            (["report", str(damaged)], r"config\.json: damaged, not JSON"),
+            (["report", str(bare)], r"no policy\.pt"),
         ):
             assert main(args) == 1
             assert re.match(f"kouros: .*{message}", capsys.readouterr().err)
-        with pytest.raises(ValueError, match="name at least two"):
-            write_comparison(runs[:1], tmp_path / "c.html")
-        with pytest.raises(SystemExit):
-            main(["compare", str(runs[0])])
         assert not (tmp_path / "c.html").exists()
         page = write_comparison([runs[0], tmp_path / "a" / "first"], tmp_path / "c.html")  # of one name
         assert str(runs[0]) in page.read_text("utf-8")
@@ -268,7 +289,7 @@ class TestPages:
                 raise errors.pop()
             return folder / "report.html"
 
-        monkeypatch.setattr("kouros.learning.run.train", lambda config: runs[0])
+        monkeypatch.setattr("kouros.learning.run.train", lambda config, default=None: runs[0])
         monkeypatch.setattr("kouros.cli.export", lambda config: None)
         monkeypatch.setattr(report, "write_report", write)
         errors: list[BaseException] = []

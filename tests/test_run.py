@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from filelock import FileLock
 
 from kouros.cli import _commands, main
 from kouros.envs.config import PRESETS, HumanoidEnvConfig, RandomizationConfig, randomization, walk_rough
@@ -27,7 +28,7 @@ from kouros.files import replacing, write_json
 from kouros.learning import checkpoint
 from kouros.learning.config import PPOConfig, TrainConfig
 from kouros.learning.log import read_metrics
-from kouros.learning.run import SHIPPED, load_policy, resumed, train
+from kouros.learning.run import SHIPPED, begun, load_policy, resumed, train
 
 TINY = [
     "--env.num-envs=8",
@@ -91,6 +92,11 @@ except OSError as error:
         assert re.search(r"could not write .*c\.pt.*MB are free", done.stdout), done.stderr
         assert checkpoint.load(path)["x"].shape == (10,)
         assert list(tmp_path.iterdir()) == [path]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 class TestRun:
@@ -175,6 +181,33 @@ class TestRun:
         ):
             train(asked(f"--resume={folder}", "--env.randomization.mass", "0.5", "1.0"))
 
+    def test_a_resume_says_no_to_what_was_typed(self, tmp_path: Path, capsys) -> None:
+        """Even where that is a default elsewhere; what may change keeps its value unless it is typed."""
+        intervals = ("--save-interval=3", "--log-interval=2", "--keep=-1")
+        folder = train(asked(*TINY, *intervals, "--seed=4", f"--run={tmp_path / 'run'}", "--steps=128"))
+        for typed, message in (
+            ("--env.num-envs=256", "env.num_envs=256: .* began with 8"),
+            ("--seed=0", "seed=0: .* began with 4"),
+        ):
+            assert main(["train", f"--resume={folder}", "--device=cpu", typed]) == 1
+            assert re.search(message, capsys.readouterr().err)
+        begins = begun(folder)
+        for words in ((), ("--log-interval=1",)):
+            config = asked(f"--resume={folder}", *words)
+            found = resumed(config, "cpu", begins)
+            assert (found.save_interval, found.keep, found.steps, found.seed) == (3, -1, 128, 4)
+            assert found.log_interval == (1 if words else 2)
+        assert resumed(TrainConfig(resume=folder, device="cpu"), "cpu").log_interval == 2
+
+    def test_one_training_a_folder(self, tmp_path: Path) -> None:
+        folder = train(tiny(tmp_path / "run", 64))
+        (folder / ".half.pt").touch()
+        with FileLock(folder / ".lock"), pytest.raises(FileExistsError, match="another process is training"):
+            train(TrainConfig(resume=folder, device="cpu", steps=128))
+        assert (folder / ".half.pt").exists()  # it may be the other's
+        train(TrainConfig(resume=folder, device="cpu", steps=128))
+        assert not (folder / ".half.pt").exists()
+
     def test_a_run_without_a_checkpoint_yet_may_begin_again(self, tmp_path: Path) -> None:
         folder = train(tiny(tmp_path / "run", 64))
         (folder / "checkpoint.pt").unlink()  # as if killed while the first one was written
@@ -213,6 +246,18 @@ sys.exit(kouros.cli.main(["train", "--resume", {str(folder)!r}, "--steps=640"]))
             (lambda p: TrainConfig(steps=0), ValueError, "steps=0"),
             (lambda p: TrainConfig(resume=p, run=p / "other"), ValueError, "leave --run out"),
             (lambda p: train(TrainConfig(resume=p)), FileNotFoundError, r"no config\.json"),
+            (
+                lambda p: begun(written(p / "config.json", "x").parent),
+                ValueError,
+                "config.json: damaged, not",
+            ),
+            (
+                lambda p: begun(written(p / "config.json", "{}").parent),
+                ValueError,
+                "no env, ppo, seed, steps",
+            ),
+            (lambda p: begun(written(p / "checkpoint.pt", "")), FileNotFoundError, "a file; name the folder"),
+            (lambda p: train(tiny(written(p / "run", ""), 1)), FileExistsError, "a file; name a folder"),
             (lambda p: load_policy(p / "x"), FileNotFoundError, "neither a run folder"),
             (lambda p: train(tiny(p, 1, device="cuda:9")), RuntimeError, "device='cuda:9'"),
         ],

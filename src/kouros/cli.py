@@ -115,12 +115,9 @@ class Compare:
     """Write a page with the curves of several runs on common axes, and what else differs between them."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, two or more."""
+    """Run folders, two to eight."""
     output: Path = Path("compare.html")
     """HTML file."""
-
-    def __post_init__(self) -> None:
-        require(self, "runs", len(self.runs) > 1, "name at least two")
 
 
 @dataclasses.dataclass
@@ -220,10 +217,10 @@ class Doctor:
 
 def train(config: TrainConfig) -> None:
     from kouros.deploy.export import check_measured
-    from kouros.learning.run import train
+    from kouros.learning.run import begun, train
 
     check_measured(config.env.actor_observations, config.env.wrappers)  # now, not after the training
-    folder = train(config)
+    folder = train(config, default=begun(config.resume) if config.resume else None)
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's processes the first alone writes
     export(Export(folder))
@@ -241,6 +238,7 @@ def evaluate(config: Eval) -> None:
 
     from kouros.envs.evaluation import ROBUST, ROUGH, evaluate_walk, robust_randomization, rough_field
     from kouros.files import write_json
+    from kouros.learning.checkpoint import digest
     from kouros.learning.run import load_policy
 
     actor, env_config, contract = load_policy(config.policy)
@@ -270,6 +268,7 @@ def evaluate(config: Eval) -> None:
                 **condition,
             )
     test = {name: getattr(config, name) for name in ("policy", "seed", "collisions", "suite")}
+    test |= {"weights": digest(actor.state_dict()), "randomization": dataclasses.asdict(config.randomization)}
     plain = {
         name: {**dataclasses.asdict(result), "failures": result.failures()}
         for name, result in results.items()
@@ -530,9 +529,10 @@ def doctor(config: Doctor) -> None:
 
 
 def _beside(policy: Path, name: str) -> Path:
-    """A file in the policy's own folder; in this one for a shipped policy."""
+    """A file in the policy's own folder, in this one for a shipped policy; of an older checkpoint of a run
+    named after that."""
     folder = policy if policy.is_dir() else policy.parent
-    return folder / name
+    return folder / (f"{policy.stem}-{name}" if policy.stem.startswith("checkpoint-") else name)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -558,16 +558,22 @@ def _given(args: list[str], option: str, otherwise: str) -> str:
 
 
 def _commands(args: list[str]) -> Any:
-    """What tyro parses; the defaults of ``train`` and ``bench`` are those of the device, task and preset."""
+    """What tyro parses; the defaults of ``train`` and ``bench`` are those of the device, task and preset, or
+    those of the run that goes on."""
     kinds: dict[str, Any] = {}
     for name, (kind, _) in COMMANDS.items():
         default: dict[str, Any] = {}
         if name in ("train", "bench") and args[:1] == [name]:
-            begin = train_defaults(
-                pick_device(_given(args, "--device", "auto")) if name == "train" else "cpu",
-                _given(args, "--task", "walk"),
-                _given(args, "--randomize", "none"),  # type: ignore[arg-type]
-            )
+            if name == "train" and (resume := _given(args, "--resume", "")):
+                from kouros.learning.run import begun
+
+                begin = begun(Path(resume))
+            else:
+                begin = train_defaults(
+                    pick_device(_given(args, "--device", "auto")) if name == "train" else "cpu",
+                    _given(args, "--task", "walk"),
+                    _given(args, "--randomize", "none"),  # type: ignore[arg-type]
+                )
             default = {"default": begin if name == "train" else Bench(env=begin.env)}
         kinds[name] = Annotated[kind, tyro.conf.subcommand(name, **default)]
     return Union[tuple(kinds.values())]  # noqa: UP007 (made at run time)

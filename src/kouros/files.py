@@ -53,6 +53,22 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(plain(content), indent=2) + "\n", "utf-8")
 
 
+def read_table(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      ValueError: it is none, or lacks one of the ``keys``.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error})") from error
+    lacking = set(keys) - set(content) if isinstance(content, dict) else keys or ("object",)
+    if lacking:
+        raise ValueError(f"{path}: damaged, or of something else: no {', '.join(sorted(lacking))} in it")
+    return content
+
+
 class Forgiving:
     """A text stream that loses what a full disk has no room for."""
 

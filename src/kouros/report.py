@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from kouros.envs.config import flatten
+from kouros.envs.config import RandomizationConfig, flatten
 from kouros.envs.evaluation import WalkResult, evaluate_walk
 from kouros.envs.play import write_video
-from kouros.files import plain, replacing
+from kouros.files import plain, read_table, replacing
+from kouros.learning.checkpoint import digest, load
 from kouros.learning.config import DEFAULT_STEPS, train_defaults
 from kouros.learning.log import read_metrics
 from kouros.learning.run import load_policy
@@ -73,7 +74,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; media-src data:; img-sr
 def write_report(folder: Path, episodes: int = 32) -> Path:
     """Write ``report.html`` into a run's folder: video, walking test, curves, configuration, origin.
 
-    The walking test is that of ``eval.json`` if it is newer than the policy; else it is made, not saved.
+    The walking test is that of ``eval.json`` if it is of this policy; else it is made, not saved.
 
     Args:
       folder: the run's.
@@ -88,6 +89,8 @@ def write_report(folder: Path, episodes: int = 32) -> Path:
       OSError: the page cannot be written.
     """
     rows, config = _read_run(folder)
+    if not (folder / "policy.pt").is_file():
+        raise FileNotFoundError(f"run {folder}: no policy.pt; kouros train --resume {folder} writes one")
     actor, env_config, contract = load_policy(folder)
     statistics, training = contract.get("statistics"), contract.get("training", {})
     result, test = _saved_test(folder)
@@ -160,15 +163,16 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
       FileNotFoundError, ValueError: one of them is no run, or has no log; fewer than two.
       OSError: the page cannot be written.
     """
-    if len(folders) < 2:
-        raise ValueError(f"runs={[str(folder) for folder in folders]}: name at least two")
+    said = f"runs={', '.join(map(str, folders))}"
+    if not 2 <= len(folders) <= len(COLOURS):
+        raise ValueError(f"{said}: name two to {len(COLOURS)}, the lines that can be told apart on a chart")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"{said}: each of them once")
     short = [folder.resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"runs={names}: each of them once")
     runs = {name: _read_run(folder) for name, folder in zip(names, folders, strict=True)}
     logs = {name: rows for name, (rows, _) in runs.items()}
-    marks = [f'<i style="background:{_colour(i)}"></i>{_text(name)}' for i, name in enumerate(names)]
+    marks = [f'<i style="background:{COLOURS[i]}"></i>{_text(name)}' for i, name in enumerate(names)]
     tests = [_saved_test(folder)[0] for folder in folders]
 
     def figures(keys: Iterable[str]) -> str:
@@ -211,20 +215,28 @@ def _read_run(folder: Path) -> tuple[Rows, dict[str, Any]]:
     if not rows or not path.is_file():
         missing = "config.json" if rows else "metrics.jsonl, or it is empty"
         raise FileNotFoundError(f"run {folder}: no {missing}; name the folder of a run that has begun")
-    return rows, json.loads(path.read_text("utf-8"))
+    if not all(set(COUNTS) <= set(row) for row in rows):
+        raise ValueError(f"{folder / 'metrics.jsonl'}: damaged: a row without one of {', '.join(COUNTS)}")
+    return rows, read_table(path, "task", "seed", "env", "ppo")
 
 
 def _saved_test(folder: Path) -> tuple[WalkResult | None, str]:
-    """The walking test that ``kouros eval`` left, and what it was; None if there is none of this policy."""
+    """The walking test that ``kouros eval`` left, and what it was; None if there is none of this policy as it
+    is now, under the conditions of the test."""
     path, policy = folder / "eval.json", folder / "policy.pt"
-    if not path.is_file() or (policy.is_file() and path.stat().st_mtime < policy.stat().st_mtime):
+    if not path.is_file() or not policy.is_file():
         return None, ""
-    saved = json.loads(path.read_text("utf-8"))
+    saved = read_table(path)
     fields = [field.name for field in dataclasses.fields(WalkResult)]
-    if not set(fields) <= set(saved):  # another suite, another version
+    if not {*fields, "weights"} <= set(saved):  # another suite, another version
+        return None, ""
+    calm = plain(dataclasses.asdict(RandomizationConfig()))
+    if saved["weights"] != digest(load(policy)["actor"]) or saved["randomization"] != calm:
         return None, ""
     figures: dict[str, Any] = {name: math.nan if saved[name] is None else saved[name] for name in fields}
     result = WalkResult(**figures)
+    if result.seconds < 20.0:
+        return None, ""
     return result, f"eval.json: {result.episodes} episodes of {result.seconds:g} s, seed {saved.get('seed')}"
 
 
@@ -303,7 +315,7 @@ def _chart(curves: Sequence[tuple[np.ndarray, np.ndarray]], large: bool) -> str:
         axes = figure.add_axes((left, bottom, right - left, 0.96 - bottom))
         for i, (x, y) in enumerate(curves):
             marker = "o" if np.isfinite(y).sum() == 1 else ""
-            axes.plot(x, y, color=_colour(i), lw=1.4, marker=marker, ms=3)
+            axes.plot(x, y, color=COLOURS[i], lw=1.4, marker=marker, ms=3)
         axes.spines[:].set_visible(False)
         axes.grid(color=INK, alpha=0.18, lw=0.5)
         axes.tick_params(length=0, colors=INK)
@@ -337,10 +349,6 @@ def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
 
 
 def _text(value: object) -> str:

@@ -650,6 +650,7 @@ class HumanoidBaseEnv(VectorEnv):
         require_state("actuators", state["actuators"], self.actuators.tensors())
         require_state("poses", state["poses"], self._pose_tensors())
         self.simulation.load_state_dict(state["simulation"])
+        self.recorder.clear()
         self._generator.set_state(state["generator"].cpu())
         self.randomization.load_state_dict(state["randomization"])
         self.actuators.load_state_dict(state["actuators"])

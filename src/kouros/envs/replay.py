@@ -57,6 +57,11 @@ class Recorder:
             self._world.copy_(torch.where(new, first, self._world))
         self._slot.add_(1).remainder_(LENGTH)
 
+    def clear(self) -> None:
+        """Forget everything: the worlds are put into another state."""
+        self._steps.zero_()  # steps of number 0 were none
+        self._world.fill_(-1)
+
     def take(self) -> Replay | None:
         """What was put aside since the last call, of one episode; None without a sick world. Waits for the
         device."""

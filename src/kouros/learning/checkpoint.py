@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,11 @@ def unpack(data: bytes, where: str, map_location: str | torch.device = "cpu") ->
             "install the version of Kouros that wrote it"
         )
     return content
+
+
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a network's weights."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

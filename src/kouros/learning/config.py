@@ -75,6 +75,8 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             require(self, name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]")
         require(self, "target_kl", self.target_kl >= 0, "must not be negative")
+        seen = self.target_kl == 0 or self.epochs * self.minibatches > 1
+        require(self, "target_kl", seen, "needs more than one gradient step: it is measured before each")
         require(self, "entropy_weight", self.entropy_weight >= 0, "must not be negative")
         low, high = STD_RANGE
         require(self, "initial_std", low <= self.initial_std <= high, f"must lie in [{low:g}, {high:g}]")

@@ -36,17 +36,27 @@ class RunLogger:
         tell: Callable[[str], None] = print,
     ) -> None:
         self.folder, self._path, self._tell, self._wandb = folder, folder / "metrics.jsonl", tell, wandb
-        self.rows = read_metrics(self._path) if iteration else []
+        rows = read_metrics(self._path) if iteration else []
+        self.rows = [row for row in rows if row["iteration"] <= iteration]
         self._plotted = self._counted = -math.inf
         self._files = contextlib.ExitStack()
         self._broken: float | None = None  # the first iteration whose row could not be written
-        self.forget(iteration)
+        self._open(iteration + 1)
         self.minutes = self.rows[-1]["minutes"] if self.rows else 0.0
 
     def forget(self, iteration: int) -> None:
         """Drop what came after an iteration."""
         self.rows = [row for row in self.rows if row["iteration"] <= iteration]
-        self._open(iteration + 1)
+        try:
+            self._open(iteration + 1)
+        except OSError as error:
+            self._wait(error, iteration + 1)
+
+    def _wait(self, error: OSError, first: float) -> None:
+        """What came from that iteration on is written when that is possible again."""
+        if not self._broken:
+            self._tell(f"[bold red]the log cannot be written[/bold red]: {error}; it is kept for later")
+        self._broken = min(first, self._broken or first)
 
     def _open(self, purge: int) -> None:
         """Write all rows anew and go on from there; TensorBoard drops what it has of ``purge`` and after."""
@@ -90,9 +100,7 @@ class RunLogger:
                     self._board.add_scalar(key, value, int(row["iteration"]))
             self._board.flush()
         except OSError as error:
-            if not self._broken:
-                self._tell(f"[bold red]the log cannot be written[/bold red]: {error}; it is kept for later")
-            self._broken = self._broken or log["iteration"]
+            self._wait(error, log["iteration"])
 
     def write_histograms(self, agent: PPOAgent, every: float = 0.0) -> None:
         """Of the last step's actions and observations, unless that was less than ``every`` seconds ago."""

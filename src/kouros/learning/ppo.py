@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -40,8 +41,8 @@ CRITIC_LOG = ("value_loss", "critic_gradient_norm")
 # The adaptive rate moves by this factor, between these bounds.
 RATE_FACTOR = 1.5
 RATE_RANGE = (1e-5, 1e-2)
-# An observation or a reward beyond this, or NaN, is no number to learn from: its square has room in float32.
-LARGEST = 1e15
+# An observation or a reward beyond this, or NaN, is no number to learn from.
+LARGEST = 1e8
 # Parameters that one launch of the fused optimizer takes as one tensor.
 PIECE = 8192
 
@@ -131,7 +132,7 @@ class PPOAgent:
       ranks: the processes that learn together, with environments of the same size.
 
     Raises:
-      TypeError: observations or actions are not a one-dimensional Box.
+      TypeError: not a ``VectorEnv``; observations or actions are not a one-dimensional Box.
       ValueError: the samples of a rollout do not split into the minibatches, or the environment does
         not reset itself.
     """
@@ -144,6 +145,8 @@ class PPOAgent:
         device: str | torch.device | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        if not hasattr(env, "single_observation_space"):
+            raise TypeError(f"env={env}: PPOAgent learns from a VectorEnv; gymnasium.make_vec makes one")
         self.env, self.seed, self.config, self.ranks = env, seed, config or PPOConfig(), ranks
         self.device = torch.device(device or getattr(env, "device", None) or "cpu")
         if self.device.type == "cuda" and self.device.index is None:
@@ -275,7 +278,8 @@ class PPOAgent:
 
     def _start(self) -> dict[str, torch.Tensor]:
         """What goes on from rollout to rollout: the last observations and the episodes under way."""
-        obs, info = self.env.reset(seed=self._own_seed)
+        # Later starts, of an environment without state_dict, are others than the first.
+        obs, info = self.env.reset(seed=self._own_seed + 10_007 * self.iteration)
         n = self.env.num_envs
         return {
             "obs": self._tensor(obs).clone(),
@@ -289,6 +293,7 @@ class PPOAgent:
     def collect_rollouts(self) -> Rollout:
         """Run the policy for ``horizon`` steps."""
         step = self._step
+        self._slot.zero_()  # the rollout before may have been interrupted
         if self._now is None:
             self._now = self._start()
             self._recorded.pop("step", None)
@@ -324,18 +329,23 @@ class PPOAgent:
         self._seconds["env"] += time.perf_counter() - middle
 
         rewards, terminated = self._tensor(reward), self._tensor(terminated, torch.bool)
+        truncated = self._tensor(truncated, torch.bool)
         obs = self._tensor(obs)
         critic_obs = self._tensor(info.get("critic_obs", obs))
         next_critic_obs = self._final_obs(info, critic_obs)
+        for name, x in (("reward", rewards), ("terminated", terminated), ("truncated", truncated)):
+            if x.shape != (self.env.num_envs,):  # it would broadcast
+                raise ValueError(f"{name} of shape {tuple(x.shape)}: expected ({self.env.num_envs},)")
         seen = (rewards.unsqueeze(1), obs, critic_obs, next_critic_obs)
         faulty = ~(torch.stack([x.abs().amax(-1) for x in seen]).amax(0) < LARGEST)
         terminated = terminated | faulty
-        done = terminated | self._tensor(truncated, torch.bool)
+        done = terminated | truncated
         rows = faulty.unsqueeze(-1)
         rewards = rewards.masked_fill(faulty, 0.0)
-        obs, critic_obs, next_critic_obs = (
-            x.masked_fill(rows, 0.0) for x in (obs, critic_obs, next_critic_obs)
-        )
+        # What says nothing: the normalizers hardly notice.
+        obs = torch.where(rows, self.actor.normalizer.mean, obs)
+        critic_obs = torch.where(rows, self.critic.normalizer.mean, critic_obs)
+        next_critic_obs = torch.where(rows, self.critic.normalizer.mean, next_critic_obs)
         step = Rollout(
             obs=now["obs"],
             critic_obs=now["critic_obs"],
@@ -369,15 +379,23 @@ class PPOAgent:
 
     def _final_obs(self, info: dict[str, Any], critic_obs: torch.Tensor) -> torch.Tensor:
         """What followed the step within its own episode: not the next episode's first observation."""
-        final = info.get("final_critic_obs", info.get("final_obs"))
-        if self._next_step_reset or final is None:
+        key = "final_critic_obs" if "critic_obs" in info else "final_obs"
+        final, there = info.get(key), info.get(f"_{key}")
+        if self._next_step_reset:
+            return critic_obs
+        if final is None:
+            if "final_obs" in info:
+                raise ValueError('info["critic_obs"]: info["final_critic_obs"] must come with it')
             return critic_obs
         if isinstance(final, torch.Tensor) or (isinstance(final, np.ndarray) and final.dtype != object):
-            return self._tensor(final)
-        rows = np.flatnonzero(info["_final_obs"])  # Gymnasium: an object array with gaps
+            final = self._tensor(final)
+            if there is None:  # all rows are filled
+                return final
+            return torch.where(self._tensor(there, torch.bool).unsqueeze(1), final, critic_obs)
         merged = critic_obs.clone()
-        for row in rows:
-            merged[row] = self._tensor(final[row])
+        for row, value in enumerate(final):  # Gymnasium: an object array with gaps
+            if value is not None:
+                merged[row] = self._tensor(value)
         return merged
 
     def update(self, rollout: Rollout) -> None:
@@ -415,8 +433,9 @@ class PPOAgent:
             advantages -= mean
             n = len(advantages) * self.ranks.size
             advantages /= (variance * (n / (n - 1))).sqrt() + 1e-8
-        learners = self._learners
-        kl = -self._actor_learner.sums[ACTOR_LOG.index("approx_kl")].clone()
+        learners, actor = self._learners, self._actor_learner
+        kl = -actor.sums[ACTOR_LOG.index("approx_kl")].clone()
+        taken = actor.skipped.clone()
         orders = [self._shuffle(len(batch["obs"])) for _ in range(config.epochs)]
         if self._record_gradients:
             self._order.copy_(torch.stack(orders).view_as(self._order))
@@ -440,10 +459,11 @@ class PPOAgent:
                     critic = self._second_thread.submit(self._critic_gradients, batch, minibatches)
                     self._actor_gradients(batch, minibatches)
                     critic.result()
-        kl = self.ranks.mean_(kl + self._actor_learner.sums[ACTOR_LOG.index("approx_kl")])
+        kl = self.ranks.mean_(kl + actor.sums[ACTOR_LOG.index("approx_kl")])
+        taken += gradients - actor.skipped
         for learner in learners:
             learner.symmetrize()
-            learner.adapt_rate(kl / gradients)
+            learner.adapt_rate(kl / taken.clamp(min=1.0), self.caution)
         with torch.no_grad():
             # Of its own samples in each rank; the log shows their mean.
             residual = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
@@ -540,19 +560,21 @@ class PPOAgent:
         """Means since the last call: the one place where training waits for the device."""
         actor, critic, since = self._actor_learner, self._critic_learner, self._since_log
         sums = (self._step_sums, actor.sums, critic.sums, self._update_sums)
-        now = torch.stack((actor.skipped + critic.skipped, actor.rate))
-        values = iter(self.ranks.mean_(torch.cat((*sums, now))).tolist())
+        now = torch.stack((actor.skipped, critic.skipped, actor.rate))
+        numbers = self.ranks.mean_(torch.cat((*sums, now))).tolist()
+        values, (actor_skipped, critic_skipped, rate) = iter(numbers[:-3]), numbers[-3:]
 
-        def take(names: Sequence[str], count: int) -> dict[str, float]:
+        def take(names: Sequence[str], count: float) -> dict[str, float]:
             return {name: value / max(1, count) for name, value in zip(names, values)}  # noqa: B905
 
         log = take(("reward/mean",), since["steps"])
         episodes, total, length, faulty = (next(values) for _ in range(4))
         log["task/faulty_steps"] = faulty * self.ranks.size
         log |= take(self._metric_names, since["steps"])
-        learning = take(ACTOR_LOG, since["gradients"]) | take(CRITIC_LOG, since["gradients"])
+        learning = take(ACTOR_LOG, since["gradients"] - actor_skipped)
+        learning |= take(CRITIC_LOG, since["gradients"] - critic_skipped)
         learning |= take(("explained_variance", "std"), since["updates"])
-        learning |= take(("skipped_updates", "learning_rate"), 1)
+        learning |= {"skipped_updates": actor_skipped + critic_skipped, "learning_rate": rate}
         if since["updates"]:
             log |= {f"learning/{name}": value for name, value in learning.items()}
         if episodes:
@@ -754,10 +776,13 @@ class PPOAgent:
                         f"{where}: of other observations or actions: {name} is {shape} there, "
                         f"{tuple(ours.shape)} here"
                     )
-        self._now = None
+        if resume["generator"].shape != self._generator.get_state().shape:
+            raise ValueError(f"{where}: of another kind of device; go on with it where it began")
+        now = None
         if "env" in resume and hasattr(self.env, "load_state_dict"):
             self.env.load_state_dict(resume["env"])  # or refuses, with nothing changed yet
-            self._now = resume["now"]
+            now = resume["now"] and {name: x.clone() for name, x in resume["now"].items()}
+        self._now = now
         self._recorded = {}  # of tensors that are replaced
         self.actor.load_state_dict(content["actor"])
         self.critic.load_state_dict(resume["critic"])
@@ -785,7 +810,7 @@ class _Learner:
     Attributes:
       rate: the learning rate, a tensor that a recorded step reads.
       skipped: how many steps were left out since the last log because the gradient was not finite.
-      sums: of what the log shows of each step.
+      sums: of what the log shows of each step that was taken.
     """
 
     def __init__(self, network: nn.Module, config: PPOConfig, mirror: Mirror | None, log_size: int) -> None:
@@ -827,7 +852,7 @@ class _Learner:
         return found
 
     def load(self, optimizer: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.load_state_dict(copy.deepcopy(optimizer))  # it would go on in these very tensors
         group = self.optimizer.param_groups[0]
         self.rate.copy_(group["lr"])
         group["lr"] = self.rate
@@ -865,15 +890,17 @@ class _Learner:
         setattr(self.optimizer, "found_inf", bad)  # noqa: B010 (torch does not declare it)
         self.skipped += bad
         self.optimizer.step()
-        self.sums += torch.stack((*log, norm))
+        # Of a step left out nothing counts: one such must not make a mean NaN.
+        self.sums += torch.where(bad > 0.0, 0.0, torch.stack((*log, norm)))
 
-    def adapt_rate(self, kl: torch.Tensor) -> None:
+    def adapt_rate(self, kl: torch.Tensor, caution: float) -> None:
         """A smaller rate after a step of more than twice the target, a larger one below half of it."""
         target = self.config.target_kl
         if target:
             factor = torch.where(kl > 2.0 * target, 1.0 / RATE_FACTOR, 1.0)
             factor = torch.where(kl < 0.5 * target, RATE_FACTOR, factor)
-            self.rate.mul_(factor).clamp_(*RATE_RANGE)
+            low, high = RATE_RANGE
+            self.rate.mul_(factor).clamp_(low * caution, high * caution)
 
 
 @contextlib.contextmanager
@@ -907,8 +934,8 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 def _box_size(what: str, space: gymnasium.Space) -> int:
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-        fix = "its actions are continuous; take an environment whose are"
-        if what != "action":
-            fix = "gymnasium.wrappers.vector.FlattenObservation makes one"
+        fix = "give each environment gymnasium.wrappers.FlattenObservation (make_vec's wrappers=)"
+        if what == "action":
+            fix = "it learns continuous actions, in a row for each world"
         raise TypeError(f"{what} space {space}: PPOAgent needs a one-dimensional Box: {fix}")
     return int(space.shape[0])

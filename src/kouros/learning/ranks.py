@@ -77,12 +77,15 @@ def rank_device(device: str) -> str:
     """The device of this process: with several on a machine, each has the GPU of its number.
 
     Raises:
-      ValueError: all were given the same GPU.
+      ValueError: all were given the same GPU; there are fewer GPUs than processes.
     """
     if not started_by_torchrun() or device == "cpu":
         return device
     if device != "cuda":
         raise ValueError(f"device={device!r}: each process of torchrun has its own GPU; use cuda, or cpu")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        raise ValueError(f"torchrun --nproc-per-node {here}: each process needs a GPU, and there are {gpus}")
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 

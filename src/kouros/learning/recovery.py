@@ -72,7 +72,8 @@ class Watch:
 class Keeper:
     """The last good state of a run: in memory to go back to, on the disk to go on from.
 
-    Of several processes each keeps the state in memory, and the first alone writes.
+    Of several processes each keeps the state in memory, and the first alone writes; whether it could, all
+    of them know, so that they save together.
 
     Args:
       agent: the learner.
@@ -117,19 +118,20 @@ class Keeper:
         content, described = agent.checkpoint_dict(), self._describe()
         self._good = checkpoint.pack({**described, **content})
         self._tries, self._saved = 0, agent.iteration
-        if not agent.ranks.first:
-            return
+        failure: OSError | None = None
         try:
-            write_json(self._folder / "config.json", self._config)
-            checkpoint.write(path, self._good)
-            checkpoint.save(self._folder / "policy.pt", {**described, **agent.policy_state()})
-            keep_checkpoint(path, agent.iteration, self._keep)
-            self._unsaved = -1
+            if agent.ranks.first:
+                write_json(self._folder / "config.json", self._config)
+                checkpoint.write(path, self._good)
+                checkpoint.save(self._folder / "policy.pt", {**described, **agent.policy_state()})
+                keep_checkpoint(path, agent.iteration, self._keep)
         except OSError as error:
-            if final or not agent.iteration:
-                raise
-            self._unsaved = agent.iteration
-            self._tell(f"[bold red]not saved[/bold red]: {error}; the training goes on, and tries again")
+            failure = error
+        self._unsaved = agent.iteration if agent.ranks.any(failure is not None) else -1
+        if failure and (final or not agent.iteration):
+            raise failure
+        if failure:
+            self._tell(f"[bold red]not saved[/bold red]: {failure}; the training goes on, and tries again")
 
     def roll_back(self, trouble: str) -> None:
         """Go back to the last good state, with half the learning rate of the time before.

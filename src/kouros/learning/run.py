@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from filelock import FileLock, Timeout
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,7 +24,7 @@ from kouros.devices import describe_device, has_gpu, pick_device
 from kouros.envs.config import CALM, HumanoidEnvConfig, flatten, from_plain
 from kouros.envs.contract import check_contract, policy_contract, require_version
 from kouros.envs.wrappers import Env, make_env, make_policy_env
-from kouros.files import Forgiving
+from kouros.files import Forgiving, read_table
 from kouros.learning import checkpoint
 from kouros.learning.config import DEFAULT_STEPS, PPOConfig, TrainConfig, train_defaults
 from kouros.learning.log import NoLogger, RunLogger
@@ -62,7 +62,7 @@ REPLAYS = 10
 HISTOGRAM_INTERVAL = 30.0
 
 
-def train(config: TrainConfig, console: Console | None = None) -> Path:
+def train(config: TrainConfig, console: Console | None = None, default: TrainConfig | None = None) -> Path:
     """Train until ``config.steps`` or ``config.minutes``, whichever comes first; Ctrl-C saves.
 
     The run folder gets ``config.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoint.pt``
@@ -73,11 +73,16 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     rate; what cannot be written is written later. Started by torchrun, it shares the worlds among all
     processes, and the first alone writes.
 
+    Args:
+      config: what to train, or which run to go on with.
+      console: where to tell about it.
+      default: of a resume, see :func:`resumed`.
+
     Returns:
       The run folder.
 
     Raises:
-      FileExistsError: the folder holds a run already.
+      FileExistsError: the folder holds a run already; another process trains in it.
       FileNotFoundError, ValueError: the run to resume is missing, damaged or of another kind.
       OSError: the disk is full, and was until the end; what was saved before is whole.
       DivergedError: it does, however small the learning rate.
@@ -90,20 +95,20 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             console = Console(quiet=True, force_terminal=False)
         console = console or Console()
         console.file = cast(IO[str], Forgiving(console.file))
+        if config.resume:
+            config = resumed(config, device, default)
         return _train(config, device, ranks, console)
 
 
 def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> Path:
-    if config.resume:
-        config = resumed(config, device)
     steps = config.steps or DEFAULT_STEPS[device.partition(":")[0]]
     folder = config.run or config.resume or Path("runs", f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     path = folder / "checkpoint.pt"
+    if folder.is_file():
+        raise FileExistsError(f"run={folder}: a file; name a folder")
     if not config.resume and path.exists():
         raise FileExistsError(f"run={folder}: holds a run already; use --resume {folder} or another name")
     require_room(folder)
-    for half in folder.glob(".*.pt") if ranks.first else ():  # of a run that was killed while it wrote
-        half.unlink(missing_ok=True)
     if config.wandb:
         require_wandb(config.wandb)
     if device == "cpu" and config.device == "auto" and has_gpu():
@@ -135,11 +140,15 @@ def _train(config: TrainConfig, device: str, ranks: Ranks, console: Console) -> 
     display = _Display(steps, config.minutes, console)
     hardware = Hardware(device)
     logger: RunLogger | NoLogger = NoLogger()
+    stack = contextlib.ExitStack()
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_alone(folder))
+        for half in folder.glob(".*.pt"):  # of a run that was killed while it wrote
+            half.unlink(missing_ok=True)
         wandb = WandbLogger(folder, config, console.print) if config.wandb else None
         logger = RunLogger(folder, agent.iteration, wandb, console.print)
-    with _say_how_to_go_on(folder, ranks), logger, display, interrupted() as asked:
+    with stack, _say_how_to_go_on(folder, ranks), logger, display, interrupted() as asked:
 
         def after_iteration(log: dict[str, float]) -> bool:
             nonlocal stop
@@ -247,41 +256,81 @@ def _revision() -> str:
     return ""
 
 
-def resumed(config: TrainConfig, device: str) -> TrainConfig:
-    """The configuration of the run ``config.resume``, with this call's ``steps`` (if given) and ``minutes``.
+# What a run cannot change on its way, and what of it goes on unless this call says otherwise.
+FIXED = ("task", "randomize", "seed", "env", "ppo")
+KEPT = ("steps", "save_interval", "log_interval", "keep", "wandb")
+
+
+def begun(folder: Path) -> TrainConfig:
+    """What the run in a folder was asked for.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
-      ValueError: this call asks for something else than the run began with.
+      ValueError: its ``config.json`` is damaged, or of another version.
     """
-    assert config.resume
-    folder = config.resume
     path = folder / "config.json"
+    if folder.is_file():
+        raise FileNotFoundError(f"resume={folder}: a file; name the folder of the run")
     if not path.is_file():
         raise FileNotFoundError(f"resume={folder}: no config.json there; name the folder of a run")
-    saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    begun = TrainConfig(
-        task=saved["task"],
-        randomize=saved.get("randomize", "none"),  # a run from before there was any
-        seed=saved["seed"],
-        env=from_plain(HumanoidEnvConfig, saved["env"]),
-        ppo=from_plain(PPOConfig, saved["ppo"]),
-    )
-    # What this call did not say: the defaults, or those that the run's own task and preset set.
-    cpu, here = _flat(TrainConfig()), _flat(train_defaults(device, begun.task, begun.randomize))
-    flat, was = _flat(config), _flat(begun)
-    for name in {**was, **flat}:
-        given, theirs = flat.get(name), was.get(name)
-        if given not in (cpu.get(name), here.get(name), theirs):
-            raise ValueError(f"{name}={given!r}: {folder} began with {theirs!r} and goes on so; leave it out")
-    changes = {name: getattr(begun, name) for name in ("task", "randomize", "seed", "env", "ppo")}
-    return dataclasses.replace(config, steps=config.steps or saved["steps"], **changes)
+    saved = read_table(path, "task", "seed", "env", "ppo", "steps")
+    plain = {name: saved[name] for name in ("task", "randomize", "seed", *KEPT) if name in saved}
+    env, ppo = from_plain(HumanoidEnvConfig, saved["env"]), from_plain(PPOConfig, saved["ppo"])
+    return TrainConfig(**plain, env=env, ppo=ppo)
+
+
+def resumed(config: TrainConfig, device: str, default: TrainConfig | None = None) -> TrainConfig:
+    """The configuration of the run ``config.resume``, with what this call asks for besides.
+
+    Args:
+      config: what differs from the default in it was asked for.
+      device: where it goes on.
+      default: what ``config`` was made from. If None: ``TrainConfig()``, or what the device, or the run's own
+        task and preset set.
+
+    Raises:
+      FileNotFoundError: there is no run in that folder.
+      ValueError: this call asks for something that a run cannot change; the run is damaged.
+    """
+    assert config.resume
+    was = begun(config.resume)
+    here = train_defaults(device, was.task, was.randomize)
+    defaults = (default,) if default else (TrainConfig(), here)
+    theirs, ours = _flat(was), _flat(config)
+    unsaid = [_flat(each) for each in defaults]
+    for name in {**theirs, **ours}:
+        given, old = ours.get(name), theirs.get(name)
+        if given not in (old, *(each.get(name) for each in unsaid)):
+            raise ValueError(
+                f"{name}={given!r}: {config.resume} began with {old!r} and goes on so; leave it out"
+            )
+    kept = [n for n in KEPT if getattr(config, n) in [getattr(each, n) for each in defaults]]
+    return dataclasses.replace(config, **{name: getattr(was, name) for name in (*FIXED, *kept)})
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """What a run cannot change on its way, by the names of the command line."""
-    fixed = ("task", "randomize", "seed", "env", "ppo")
-    return flatten({name: value for name, value in dataclasses.asdict(config).items() if name in fixed})
+    return flatten({name: value for name, value in dataclasses.asdict(config).items() if name in FIXED})
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process trains in this folder meanwhile.
+
+    Raises:
+      FileExistsError: one does.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        text = f"run={folder}: another process is training there; stop it, or use another name"
+        raise FileExistsError(text) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            lock.release()
 
 
 ROOM = 100e6
