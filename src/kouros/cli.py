@@ -564,7 +564,8 @@ def _commands(args: list[str]) -> Any:
     for name, (kind, _) in COMMANDS.items():
         default: dict[str, Any] = {}
         if name in ("train", "bench") and args[:1] == [name]:
-            if name == "train" and (resume := _given(args, "--resume", "")):
+            resume = _given(args, "--resume", "") if name == "train" else ""
+            if resume and (Path(resume) / "config.json").is_file():
                 from kouros.learning.run import begun
 
                 begin = begun(Path(resume))
