@@ -199,10 +199,10 @@ def train_sb3(task: str, seed: int, steps: int, saved: Path) -> tuple[Policy, di
 
     config: dict[str, Any] = THEIRS[task]
     worlds = make_vec_env(task, n_envs=1, seed=seed)
-    before: dict[str, Any] = {"machine": processor(), "timed_steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    before["curve"] = []
+    before: dict[str, Any] = {"machine": processor(), "seconds": 0.0, "cpu_seconds": 0.0, "curve": []}
     parts = [saved.with_suffix(suffix) for suffix in (".model", ".normalizer", ".times")]
-    if parts[-1].exists():  # the last of them that is written
+    goes_on = parts[-1].exists()  # the last of them that is written
+    if goes_on:
         env = VecNormalize.load(str(parts[1]), worlds)
         before = json.loads(parts[2].read_text())
     else:
@@ -214,7 +214,7 @@ def train_sb3(task: str, seed: int, steps: int, saved: Path) -> tuple[Policy, di
         "activation_fn": nn.ReLU,
         "net_arch": {"pi": hidden, "vf": hidden},
     }
-    if parts[-1].exists():
+    if goes_on:
         model = PPO.load(parts[0], env, device="cpu")
     else:
         model = PPO("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=policy, **config)

@@ -289,7 +289,7 @@ class TestPages:
                 raise errors.pop()
             return folder / "report.html"
 
-        monkeypatch.setattr("kouros.learning.run.train", lambda config, default=None: runs[0])
+        monkeypatch.setattr("kouros.learning.run.train", lambda config, explicit: runs[0])
         monkeypatch.setattr("kouros.cli.export", lambda config: None)
         monkeypatch.setattr(report, "write_report", write)
         errors: list[BaseException] = []

@@ -191,10 +191,9 @@ class TestRun:
         ):
             assert main(["train", f"--resume={folder}", "--device=cpu", typed]) == 1
             assert re.search(message, capsys.readouterr().err)
-        begins = begun(folder)
         for words in ((), ("--log-interval=1",)):
             config = asked(f"--resume={folder}", *words)
-            found = resumed(config, "cpu", begins)
+            found = resumed(config, "cpu", explicit=True)
             assert (found.save_interval, found.keep, found.steps, found.seed) == (3, -1, 128, 4)
             assert found.log_interval == (1 if words else 2)
         assert resumed(TrainConfig(resume=folder, device="cpu"), "cpu").log_interval == 2

@@ -217,10 +217,10 @@ class Doctor:
 
 def train(config: TrainConfig) -> None:
     from kouros.deploy.export import check_measured
-    from kouros.learning.run import begun, train
+    from kouros.learning.run import train
 
     check_measured(config.env.actor_observations, config.env.wrappers)  # now, not after the training
-    folder = train(config, default=begun(config.resume) if config.resume else None)
+    folder = train(config, explicit=True)  # a resume's defaults are the run's, see _commands
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's processes the first alone writes
     export(Export(folder))

@@ -62,7 +62,7 @@ REPLAYS = 10
 HISTOGRAM_INTERVAL = 30.0
 
 
-def train(config: TrainConfig, console: Console | None = None, default: TrainConfig | None = None) -> Path:
+def train(config: TrainConfig, console: Console | None = None, explicit: bool = False) -> Path:
     """Train until ``config.steps`` or ``config.minutes``, whichever comes first; Ctrl-C saves.
 
     The run folder gets ``config.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoint.pt``
@@ -76,7 +76,7 @@ def train(config: TrainConfig, console: Console | None = None, default: TrainCon
     Args:
       config: what to train, or which run to go on with.
       console: where to tell about it.
-      default: of a resume, see :func:`resumed`.
+      explicit: of a resume, see :func:`resumed`.
 
     Returns:
       The run folder.
@@ -96,7 +96,7 @@ def train(config: TrainConfig, console: Console | None = None, default: TrainCon
         console = console or Console()
         console.file = cast(IO[str], Forgiving(console.file))
         if config.resume:
-            config = resumed(config, device, default)
+            config = resumed(config, device, explicit)
         return _train(config, device, ranks, console)
 
 
@@ -279,14 +279,14 @@ def begun(folder: Path) -> TrainConfig:
     return TrainConfig(**plain, env=env, ppo=ppo)
 
 
-def resumed(config: TrainConfig, device: str, default: TrainConfig | None = None) -> TrainConfig:
+def resumed(config: TrainConfig, device: str, explicit: bool = False) -> TrainConfig:
     """The configuration of the run ``config.resume``, with what this call asks for besides.
 
     Args:
-      config: what differs from the default in it was asked for.
+      config: what this call asks for.
       device: where it goes on.
-      default: what ``config`` was made from. If None: ``TrainConfig()``, or what the device, or the run's own
-        task and preset set.
+      explicit: whether ``config`` was made from :func:`begun`, so that what differs was asked for. Else what
+        equals the defaults, or those of the device and of the run's own task and preset, was not said.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
@@ -294,8 +294,7 @@ def resumed(config: TrainConfig, device: str, default: TrainConfig | None = None
     """
     assert config.resume
     was = begun(config.resume)
-    here = train_defaults(device, was.task, was.randomize)
-    defaults = (default,) if default else (TrainConfig(), here)
+    defaults = (was,) if explicit else (TrainConfig(), train_defaults(device, was.task, was.randomize))
     theirs, ours = _flat(was), _flat(config)
     unsaid = [_flat(each) for each in defaults]
     for name in {**theirs, **ours}:
